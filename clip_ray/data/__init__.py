@@ -1,0 +1,1 @@
+"""Turn raw Flickr30k into shards, order them, and stream them to the workers."""

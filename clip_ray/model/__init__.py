@@ -1,0 +1,1 @@
+"""Two towers, projected into one space; saved and loaded with one call."""

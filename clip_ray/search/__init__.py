@@ -1,0 +1,1 @@
+"""Search indexed images by a sentence or an image."""

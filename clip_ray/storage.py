@@ -1,0 +1,197 @@
+"""Objects under an `s3://` root: bytes by boto3, Parquet by pyarrow's filesystem.
+
+Endpoint, region and keys come from the environment (AWS_ENDPOINT_URL, …) or from IAM, never from
+a config: what is written to storage holds no secret.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import BotoCoreError, ClientError
+from pyarrow import fs
+
+from clip_ray.errors import RunError
+
+_NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+
+
+class Storage:
+    """The objects below one `s3://bucket[/prefix]`; keys are relative to it.
+
+    It is cheap to make and holds no connection, so it can be sent to other processes by its root.
+    """
+
+    def __init__(self, root: str) -> None:
+        scheme, bucket, path, *_ = urlsplit(root)
+        if scheme != "s3" or not bucket:
+            raise RunError(f"storage is {root!r}: must be s3://bucket[/prefix]")
+        self.root = root.rstrip("/")
+        self.bucket = bucket
+        self.prefix = path.strip("/")
+
+    def uri(self, key: str = "") -> str:
+        """The full address of `key`."""
+        return f"{self.root}/{key}".rstrip("/")
+
+    def below(self, key: str) -> Storage:
+        """The storage whose root is `key` in this one."""
+        return Storage(self.uri(key))
+
+    def read_bytes(self, key: str) -> bytes:
+        """The object's bytes. Raises RunError where there is none."""
+        with self._errors_named(key):
+            return _client().get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+
+    def read_json(self, key: str) -> Any:
+        """The object, parsed as JSON."""
+        return json.loads(self.read_bytes(key))
+
+    def write_bytes(self, key: str, data: bytes) -> None:
+        """Puts one object, whole or not at all."""
+        with self._errors_named(key):
+            _client().put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def write_json(self, key: str, value: Any) -> None:
+        """Puts `value` as indented JSON."""
+        self.write_bytes(key, json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+    def upload(self, path: Path, key: str) -> None:
+        """Puts a local file, in parts where it is large."""
+        with self._errors_named(key):
+            _client().upload_file(str(path), self.bucket, self._key(key))
+
+    def download(self, key: str, path: Path) -> None:
+        """Writes the object to a local file, its folders made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._errors_named(key):
+            _client().download_file(self.bucket, self._key(key), str(path))
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        with self._errors_named(key):
+            try:
+                _client().head_object(Bucket=self.bucket, Key=self._key(key))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in _NOT_FOUND:
+                    return False
+                raise
+        return True
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        """The keys that start with `prefix`, in order."""
+        start = f"{self.prefix}/" if self.prefix else ""
+        with self._errors_named(prefix):
+            pages = _client().get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=start + prefix
+            )
+            for page in pages:
+                for item in page.get("Contents", []):
+                    yield item["Key"].removeprefix(start)
+
+    def delete(self, key: str) -> None:
+        """Removes the object; one that is not there is no error."""
+        with self._errors_named(key):
+            _client().delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def check_bucket(self) -> None:
+        """Raises RunError, with the reason, unless the bucket can be reached."""
+        with self._errors_named(""):
+            _client().head_bucket(Bucket=self.bucket)
+
+    def create_bucket(self) -> None:
+        """Makes the bucket; one that is there already is no error."""
+        with self._errors_named(""):
+            try:
+                _client().head_bucket(Bucket=self.bucket)
+            except ClientError:
+                _client().create_bucket(Bucket=self.bucket)
+
+    def arrow_path(self, key: str) -> str:
+        """The path of `key` for `arrow_filesystem()`."""
+        return f"{self.bucket}/{self._key(key)}"
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _errors_named(self, key: str) -> _NamedErrors:
+        return _NamedErrors(self.uri(key), self.bucket)
+
+
+class _NamedErrors:
+    """Turns an error of the S3 client into a RunError that names the address and the fix."""
+
+    def __init__(self, uri: str, bucket: str) -> None:
+        self.uri, self.bucket = uri, bucket
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ClientError):
+            raise RunError(f"{self.uri}: {_reason(error, self.bucket)}") from error
+        if isinstance(error, BotoCoreError):
+            raise RunError(
+                f"{self.uri}: S3 at {_endpoint() or 'AWS'} does not answer: {error}; "
+                "check AWS_ENDPOINT_URL, the keys and the network"
+            ) from error
+
+
+def _reason(error: ClientError, bucket: str) -> str:
+    code = error.response.get("Error", {}).get("Code", "")
+    where = _endpoint() or "AWS"
+    if code in {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}:
+        return f"access denied at {where} ({code}); check the keys and the bucket's policy"
+    if code == "NoSuchBucket" or (code == "404" and error.operation_name == "HeadBucket"):
+        return f"the bucket {bucket!r} does not exist at {where}; create it or change storage.root"
+    if code in _NOT_FOUND:
+        return "there is no such object"
+    return f"{error.operation_name} failed at {where}: {code or error}"
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _client() -> Any:
+    # Keyed by what a client is made of: the embedded server's endpoint appears while we run.
+    return _client_of(_endpoint(), os.environ.get("AWS_ACCESS_KEY_ID"), os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _client_of(endpoint: str | None, access_key: str | None, pid: int) -> Any:
+    config = BotoConfig(
+        retries={"max_attempts": 5, "mode": "standard"},
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=32,
+        # Ceph and other stores refuse the trailing checksums that are the SDK's default.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or "us-east-1"
+    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+def arrow_filesystem() -> fs.S3FileSystem:
+    """pyarrow's S3 filesystem at the endpoint of the environment."""
+    return _filesystem_of(_endpoint(), os.environ.get("AWS_ACCESS_KEY_ID"), os.getpid())
+
+
+@lru_cache(maxsize=4)
+def _filesystem_of(endpoint: str | None, access_key: str | None, pid: int) -> fs.S3FileSystem:
+    region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
+    if endpoint is None:
+        return fs.S3FileSystem(region=region)
+    scheme, host, *_ = urlsplit(endpoint)
+    return fs.S3FileSystem(
+        endpoint_override=host, scheme=scheme, region=region or "us-east-1", connect_timeout=5
+    )
