@@ -23,6 +23,9 @@ from clip_ray.storage import Storage
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
+_LISTENERS = [
+    f"{server}.port{kind}" for server in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")
+]
 _CHECKSUMS = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
@@ -77,12 +80,13 @@ def embedded_s3(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
-    ports = _free_ports(_PORT_FLAGS)
+    ports = _free_ports()
     data = folder / "data"
     data.mkdir(exist_ok=True)
     command = [
-        _weed(), "mini", f"-dir={data.resolve()}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-admin.ui=false", "-webdav=false", *(f"-{flag}={port}" for flag, port in ports.items()),
+        _weed(), f"-logdir={folder.resolve()}", "mini", f"-dir={data.resolve()}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
+        *(f"-{flag}={port}" for flag, port in ports.items()),
     ]  # fmt: skip
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen(
@@ -96,6 +100,17 @@ def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     return server, ports["s3.port"]
+
+
+def _free_ports() -> dict[str, int]:
+    """A free port for each listener of the server, all different."""
+    with contextlib.ExitStack() as stack:
+        ports = {}
+        for flag in _LISTENERS:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            ports[flag] = listener.getsockname()[1]
+    return ports
 
 
 def _weed() -> str:

@@ -1,1 +1,1 @@
-"""The training run: engine, step, checkpoint, workers."""
+"""The training run: engine, loop, checkpoints, workers."""

@@ -1,0 +1,53 @@
+"""CLIP: two towers, two projections, one learnable temperature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_ray.config import ModelConfig
+from clip_ray.model.towers import ImageTower, TextTower
+
+
+class CLIP(nn.Module):
+    """Images and texts to unit vectors of one space (Radford et al. 2021)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.image = ImageTower(config.image)
+        self.text = TextTower(config.text, vocab_size)
+        self.image_projection = nn.Linear(self.image.width, config.embed_dim, bias=False)
+        self.text_projection = nn.Linear(self.text.width, config.embed_dim, bias=False)
+        for projection in (self.image_projection, self.text_projection):
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
+        # Of shape [1]: DeepSpeed cannot shard a parameter without dimensions.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / temperature)]))
+
+    def forward(
+        self,
+        images: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        token_lengths: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Features of what is given, and exp(logit_scale): [B, D], [B, D], [1].
+
+        images: [B, H, W, 3] uint8; token_ids: [B, L]; token_lengths: [B]. The scale is returned
+        because under ZeRO-3 it can be read only inside a forward.
+        """
+        image_features = text_features = None
+        if images is not None:
+            image_features = _unit(self.image_projection(self.image(images)))
+        if token_ids is not None and token_lengths is not None:
+            text_features = _unit(self.text_projection(self.text(token_ids, token_lengths)))
+        return image_features, text_features, _wide(self.logit_scale).exp()
+
+
+def _unit(features: Tensor) -> Tensor:
+    return F.normalize(_wide(features), dim=-1)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -1,0 +1,110 @@
+"""The two encoders: any timm architecture for images, a Hugging Face Transformer for text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.layers.norm_act import FrozenBatchNormAct2d, freeze_batch_norm_2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig, AutoModel
+
+from clip_ray.config import ImageTowerConfig, TextTowerConfig
+from clip_ray.errors import ConfigError
+
+SIZED_FAMILIES = ("vit_", "deit", "swin", "beit", "eva", "mixer")
+
+
+class ImageTower(nn.Module):
+    """uint8 pixels to pooled features."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ImageTowerConfig) -> None:
+        super().__init__()
+        self.trunk = _build_trunk(config)
+        self.width = int(self.trunk.num_features)  # type: ignore[arg-type]
+        shape = (1, 3, 1, 1)
+        self.register_buffer("mean", torch.tensor(config.mean).view(shape) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(shape) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, H, W, 3] uint8 -> [B, width]. Normalised here, on the device."""
+        dtype = next(self.trunk.parameters()).dtype
+        pixels = images.permute(0, 3, 1, 2).float()
+        return self.trunk(((pixels - self.mean.float()) / self.std.float()).to(dtype))
+
+
+class TextTower(nn.Module):
+    """Token ids to one feature per sentence."""
+
+    def __init__(self, config: TextTowerConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.encoder = _build_encoder(config, vocab_size)
+        self.width = int(getattr(self.encoder.config, "hidden_size", 0) or self.encoder.config.dim)
+        self.pooling = config.pooling
+
+    def forward(self, token_ids: Tensor, token_lengths: Tensor) -> Tensor:
+        """token_ids: [B, L], padded on the right; token_lengths: [B] -> [B, width]."""
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+        mask = positions < token_lengths[:, None]
+        output = self.encoder(input_ids=token_ids.long(), attention_mask=mask.long())
+        hidden = output.last_hidden_state
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            return hidden[torch.arange(len(hidden), device=hidden.device), token_lengths.long() - 1]
+        weights = mask.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _build_trunk(config: ImageTowerConfig) -> nn.Module:
+    kwargs: dict[str, Any] = dict(config.kwargs)
+    if config.timm_name.startswith(SIZED_FAMILIES):
+        kwargs["img_size"] = config.size
+    if config.weights is not None:
+        kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
+    try:
+        trunk = timm.create_model(
+            config.timm_name, pretrained=config.pretrained, num_classes=0, **kwargs
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.image.timm_name is {config.timm_name!r} with kwargs {kwargs}: timm cannot "
+            f"build it: {error}"
+        ) from None
+    if config.pretrained:
+        trunk = freeze_batch_norm_2d(trunk)
+    _refuse_batch_statistics(trunk, config.timm_name)
+    return trunk  # type: ignore[return-value]
+
+
+def _refuse_batch_statistics(trunk: Any, name: str) -> None:
+    for module in trunk.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNormAct2d):
+            raise ConfigError(
+                f"model.image.timm_name is {name!r}: its BatchNorm makes the gradient depend on the "
+                "micro batch; take a model with GroupNorm or LayerNorm (resnet50_gn), or "
+                "model.image.pretrained=true, which freezes it"
+            )
+
+
+def _build_encoder(config: TextTowerConfig, vocab_size: int) -> Any:
+    if config.pretrained:
+        return AutoModel.from_pretrained(config.name, dtype=torch.float32)
+    kwargs = {**config.kwargs, "vocab_size": vocab_size}
+    try:
+        if config.name is not None:
+            architecture = AutoConfig.from_pretrained(config.name, **kwargs)
+        else:
+            length = {"max_position_embeddings": config.context_length}
+            architecture = AutoConfig.for_model(config.model_type, **(length | kwargs))
+        return AutoModel.from_config(architecture)
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.text ({config.name or config.model_type!r}) cannot be built by transformers: "
+            f"{str(error).splitlines()[0]}"
+        ) from None

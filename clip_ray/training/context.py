@@ -1,0 +1,26 @@
+"""What the training loop needs from whoever runs it: Ray, or a plain process in a debugger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+
+class WorkerContext(Protocol):
+    """A worker's view of its run."""
+
+    def units(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """This rank's micro batches (data.stream), from the step that the run resumes at."""
+        ...
+
+    def progress(self, state: dict[str, Any]) -> None:
+        """Shows where training is. Called by rank 0, often; must not wait."""
+        ...
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Hands on an epoch's metrics. Every rank must call it, equally often."""
+        ...
+
+

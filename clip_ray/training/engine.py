@@ -1,0 +1,204 @@
+"""The DeepSpeed engine: one optimizer step, and the fp32 state behind it, at any ZeRO stage.
+
+The one file that knows DeepSpeed. State goes in and out by parameter name, in full and in fp32, so
+that what is stored does not depend on world size or stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from clip_ray.config import Config, OptimConfig, TrainConfig
+from clip_ray.loss.info_nce import info_nce
+from clip_ray.model.clip import CLIP
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Where each of DeepSpeed's optimizers keeps the flat fp32 tensors that the inner AdamW updates.
+_FLAT_GROUPS = (
+    "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step left behind: this rank's loss, exp(logit_scale) before it, gradient norm."""
+
+    loss: Tensor
+    scale: Tensor
+    grad_norm: float
+
+
+class Engine:
+    """A CLIP model under DeepSpeed. Every method must be called by every rank."""
+
+    def __init__(self, model: CLIP, config: Config) -> None:
+        logger.setLevel(logging.WARNING)
+        self.max_logit_scale = math.log(config.loss.max_scale)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optim.weight_decay),
+            lr=config.optim.lr,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+        )
+        self._engine, self._optimizer, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_config(config.train, config.optim, config.micro_batch),
+            dist_init_required=False,
+        )
+        self.device = self._engine.device
+        self._z3 = config.train.zero_stage == 3
+
+    @property
+    def module(self) -> CLIP:
+        """The model; under ZeRO-3 its parameters are whole only inside a forward."""
+        return self._engine.module
+
+    def train_step(self, batch: Mapping[str, Tensor], lr: float) -> StepResult:
+        """One optimizer step on this rank's micro batch: images, token_ids, token_lengths."""
+        self._engine.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        images, texts, scale = self._engine(
+            batch["images"], batch["token_ids"], batch["token_lengths"]
+        )
+        loss = info_nce(images, texts, scale)
+        self._engine.backward(loss)
+        self._engine.step()
+        self.clamp_logit_scale()
+        return StepResult(loss.detach(), scale.detach(), float(self._engine.get_global_grad_norm() or 0))
+
+    @torch.no_grad()
+    def encode(self, **inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Features of images or texts (CLIP.forward's arguments), without gradients."""
+        self._engine.eval()
+        images, texts, _ = self._engine(**{k: v.to(self.device) for k, v in inputs.items()})
+        return images, texts
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Bounds logit_scale on the fp32 master: on the model's copy alone it would be undone."""
+        parameter = self.module.logit_scale
+        master = self._master(parameter)
+        if float(master) > self.max_logit_scale:
+            self._set_master(parameter, torch.full_like(master, self.max_logit_scale))
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter in fp32 and every persistent buffer, on the CPU, by name."""
+        tensors = {name: self._master(p).cpu().clone() for name, p in self._parameters()}
+        return tensors | self._buffers()
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """`param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` in fp32, `buffer/NAME`, on the CPU."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._parameters():
+            tensors[f"param/{name}"] = self._master(parameter).cpu().clone()
+            for key in MOMENTS:
+                tensors[f"{key}/{name}"] = self._moment(parameter, key).cpu().clone()
+        return tensors | {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Takes what `state()` gave after `step` steps, at whatever world size and stage."""
+        self._materialise_moments(step)
+        for name, parameter in self._parameters():
+            self._set_master(parameter, tensors[f"param/{name}"].to(self.device))
+            for key in MOMENTS:
+                self._set_moment(parameter, key, tensors[f"{key}/{name}"].to(self.device))
+        buffers = dict(self.module.named_buffers())
+        for name in self._buffers():
+            buffers[name].copy_(tensors[f"buffer/{name}"])
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        parameters = dict(self.module.named_parameters())
+        persistent = self.module.state_dict().keys() - parameters.keys()
+        buffers = dict(self.module.named_buffers())
+        return {name: buffers[name].cpu().clone() for name in sorted(persistent)}
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        master = safe_get_full_fp32_param(parameter)
+        # ZeRO-0 in fp32 has no master: the parameter is it.
+        return parameter.detach() if master is None else master.reshape(_shape(parameter))
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        safe_set_full_fp32_param(parameter, value)
+        if self._z3:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        moment = safe_get_full_optimizer_state(parameter, key)
+        if moment is None:
+            return self._optimizer.state[parameter][key]
+        return moment.reshape(_shape(parameter))
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if parameter in self._optimizer.state:
+            self._optimizer.state[parameter][key].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _materialise_moments(self, step: int) -> None:
+        """AdamW makes its state at its first step; a restored one needs it before."""
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        flat_name = next((n for n in _FLAT_GROUPS if hasattr(self._optimizer, n)), None)
+        flats = getattr(self._optimizer, flat_name) if flat_name else [
+            p for group in inner.param_groups for p in group["params"]
+        ]  # fmt: skip
+        for flat in flats:
+            inner.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases, embeddings of one dimension and logit_scale do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def deepspeed_config(train: TrainConfig, optim: OptimConfig, micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, derived; users never write it."""
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.grad_clip_norm or 0.0,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    # Under ZeRO-3 the parameter itself is empty between forwards.
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -1,0 +1,242 @@
+"""A training run on a Ray cluster: Ray Train's workers, fed by Ray Data's stream."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from numpy.typing import NDArray
+from ray.train import DataConfig as RayDataConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from clip_ray.config import Config
+from clip_ray.config_file import parse_config
+from clip_ray.data.shards import read_column, read_manifest
+from clip_ray.data.stream import checked_units, stream_spec, training_stream
+from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
+from clip_ray.errors import RunError
+from clip_ray.storage import Storage, arrow_filesystem
+from clip_ray.training.checkpoint import Checkpoints, check_identity
+from clip_ray.training.loop import Trainer, make_order, run_identity
+from clip_ray.training.progress import Progress
+
+POLL_S = 1.0
+TOKENIZER_KEY = "tokenizer.json"
+# What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
+FORWARDED = (
+    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """A connection to the cluster that the config or RAY_ADDRESS names, or a local Ray.
+
+    A local Ray is stopped at the end of the block.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if config.cluster.gpus_per_worker == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # Readers get CPUs of their own beside the workers', or a small machine would never start.
+        wanted = config.cluster.num_workers * config.cluster.cpus_per_worker + 2
+        arguments |= {
+            "num_cpus": max(os.cpu_count() or 1, int(wanted)),
+            "include_dashboard": False,
+            "object_store_memory": 2**30,
+        }
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address or "local", logging_level="WARNING", **arguments)
+    data_context = ray.data.DataContext.get_current()
+    data_context.enable_progress_bars = False
+    data_context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def train(config: Config, say: Callable[[str], None]) -> bool:
+    """Trains the run to its end, from its newest checkpoint; False if it was at its end already.
+
+    Needs a Ray session and reachable storage. Raises RunError.
+    """
+    run, data = Storage(config.run_root), Storage(config.data_root)
+    manifest = read_manifest(data)
+    tokenizer = _tokenizer(config, run, data)
+    order = make_order(config, manifest)
+    if order.steps_per_epoch == 0:
+        raise RunError(
+            f"train.global_batch is {config.train.global_batch}: the train split has only "
+            f"{order.num_samples} images; take at most that many"
+        )
+    newest = Checkpoints(run).newest()
+    total_steps = order.steps_per_epoch * config.train.epochs
+    if newest is not None:
+        check_identity(newest, run_identity(config, manifest, tokenizer))
+        if newest.step >= total_steps:
+            say(f"train: {config.name} is trained already: {newest.step} steps are in {run.root}")
+            return False
+        say(f"train: {config.name} resumes at step {newest.step} of {total_steps}")
+    _fit(config, tokenizer, total_steps)
+    return True
+
+
+def _tokenizer(config: Config, run: Storage, data: Storage) -> CaptionTokenizer:
+    """The run's tokenizer: made once, by the driver, and kept with the run."""
+    text = config.model.text
+    if run.exists(TOKENIZER_KEY):
+        return CaptionTokenizer(run.read_bytes(TOKENIZER_KEY).decode(), text.context_length)
+    groups = read_column(data, read_manifest(data).splits["train"], "captions")
+    tokenizer = make_tokenizer(text, (caption for group in groups for caption in group))
+    run.write_bytes(TOKENIZER_KEY, tokenizer.json_text.encode())
+    return tokenizer
+
+
+def _fit(config: Config, tokenizer: CaptionTokenizer, total_steps: int) -> None:
+    data = Storage(config.data_root)
+    manifest = read_manifest(data)
+    spec = stream_spec(
+        config.data, data, manifest, tokenizer, make_order(config, manifest),
+        config.cluster.num_workers, config.model.image.size,
+    )  # fmt: skip
+
+    def stream() -> ray.data.Dataset:
+        # Called at each start of the worker group: after a failure the run begins further on.
+        return training_stream(spec, _resume_step(config), total_steps)
+
+    execution = ray.data.ExecutionOptions(preserve_order=True)
+    with _progress(config.logging.progress_interval_s) as board:
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"config": config.model_dump(mode="json"), "board": board},
+            scaling_config=ScalingConfig(
+                num_workers=config.cluster.num_workers,
+                use_gpu=config.cluster.gpus_per_worker > 0,
+                resources_per_worker={
+                    "CPU": config.cluster.cpus_per_worker,
+                    **({"GPU": config.cluster.gpus_per_worker} if config.cluster.gpus_per_worker else {}),
+                },
+            ),
+            run_config=RunConfig(
+                name="ray",
+                storage_path=Storage(config.run_root).arrow_path("").rstrip("/"),
+                storage_filesystem=arrow_filesystem(),
+                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            ),
+            datasets={"train": stream},
+            dataset_config=RayDataConfig(execution_options=execution),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise RunError(f"training failed: {_root_cause(error)}") from error
+
+
+def _resume_step(config: Config) -> int:
+    newest = Checkpoints(Storage(config.run_root)).newest()
+    return newest.step if newest else 0
+
+
+def _worker(loop_config: dict[str, Any]) -> None:
+    """The function that Ray Train runs in each worker."""
+    config = parse_config(loop_config["config"], origin="the run's config")
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    run = Storage(config.run_root)
+    tokenizer_json = run.read_bytes(TOKENIZER_KEY).decode()
+    tokenizer = CaptionTokenizer(tokenizer_json, config.model.text.context_length)
+    Trainer(config, tokenizer, _RayContext(config, loop_config["board"])).train()
+
+
+class _RayContext:
+    """training.context.WorkerContext over Ray Train."""
+
+    def __init__(self, config: Config, board: Any) -> None:
+        self._config, self._board = config, board
+
+    def units(self) -> Iterator[dict[str, NDArray[Any]]]:
+        shard = ray.train.get_dataset_shard("train")
+        batches: Any = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+        rank = ray.train.get_context().get_world_rank()
+        start = _resume_step(self._config)
+        return checked_units(map(_writable, batches), rank, start)
+
+    def progress(self, state: dict[str, Any]) -> None:
+        self._board.put.remote(state)
+
+    def report(self, metrics: dict[str, float]) -> None:
+        ray.train.report(metrics)
+
+
+def _writable(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    # Blocks in the object store are read-only; torch.from_numpy wants arrays it may own.
+    return {name: np.array(array) for name, array in batch.items()}
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where rank 0 pins its progress and the driver reads it."""
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] = []
+
+    def put(self, state: dict[str, Any]) -> None:
+        self._states.append(state)
+
+    def take(self) -> list[dict[str, Any]]:
+        states, self._states = self._states, []
+        return states
+
+
+@contextlib.contextmanager
+def _progress(interval_s: float) -> Iterator[Any]:
+    """A board whose states a thread of the driver shows until the block ends."""
+    board: Any = _Board.remote()
+    progress, stop = Progress(interval_s), threading.Event()
+
+    def show() -> None:
+        ended = False
+        while not ended:
+            ended = stop.wait(POLL_S)
+            try:
+                states = ray.get(board.take.remote(), timeout=10)
+            except Exception:  # progress must never end a run
+                return
+            for state in states:
+                progress.show(state)
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join(timeout=15)
+        progress.close()
+        ray.kill(board)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line that says something, of the innermost error a worker raised."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in failures.values():
+        error = failure
+        break
+    while getattr(error, "cause", None) is not None or error.__cause__ is not None:
+        error = getattr(error, "cause", None) or error.__cause__  # type: ignore[assignment]
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

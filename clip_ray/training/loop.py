@@ -1,0 +1,138 @@
+"""The training loop of one worker. It knows a WorkerContext, not Ray."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import torch
+
+from clip_ray.collectives import barrier, broadcast_object, mean_over_ranks, rank
+from clip_ray.config import Config
+from clip_ray.config_file import dump_config
+from clip_ray.data.order import Order
+from clip_ray.data.shards import Manifest, read_manifest
+from clip_ray.data.tokenizer import CaptionTokenizer
+from clip_ray.model.clip import CLIP
+from clip_ray.model.pretrained import pack_weights
+from clip_ray.storage import Storage
+from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
+from clip_ray.training.context import WorkerContext
+from clip_ray.training.engine import Engine, StepResult
+from clip_ray.training.schedule import learning_rate
+from clip_ray.training.validation import Validation
+
+METRICS_KEY = "metrics.jsonl"
+INPUTS = ("images", "token_ids", "token_lengths")
+
+
+def make_order(config: Config, manifest: Manifest) -> Order:
+    """The order of the train split."""
+    return Order(config.seed, manifest.rows("train"), config.train.global_batch)
+
+
+def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer) -> dict[str, str]:
+    """What must stay as it is from one attempt of a run to the next."""
+    model = config.model.model_dump_json(exclude={"preset"})
+    return {
+        "seed": str(config.seed),
+        "model": model,
+        "loss": config.loss.model_dump_json(),
+        "optim": config.optim.model_dump_json(),
+        "train.epochs": str(config.train.epochs),
+        "train.global_batch": str(config.train.global_batch),
+        "data": manifest.source_sha256,
+        "tokenizer": tokenizer.sha256,
+    }
+
+
+class Trainer:
+    """A run on this rank: made, resumed, stepped to its end. Every rank must do the same."""
+
+    def __init__(self, config: Config, tokenizer: CaptionTokenizer, context: WorkerContext) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.tokenizer, self.context = config, tokenizer, context
+        self.run = Storage(config.run_root)
+        self.checkpoints = Checkpoints(self.run)
+        data = Storage(config.data_root)
+        self.manifest = read_manifest(data)
+        self.order = make_order(config, self.manifest)
+        self.total_steps = self.order.steps_per_epoch * config.train.epochs
+        model = CLIP(config.model, tokenizer.vocab_size, config.loss.temperature)
+        self.engine = Engine(model, config)
+        self.validation = Validation(config, data, self.manifest, tokenizer)
+        self.log: list[dict[str, Any]] = []
+        self.start_step = self._resume()
+
+    def train(self) -> None:
+        """Runs from the newest checkpoint to the last step."""
+        units = self.context.units()
+        started = time.monotonic()
+        for step in range(self.start_step, self.total_steps):
+            unit = next(units)
+            batch = {name: torch.from_numpy(unit[name]).to(self.engine.device) for name in INPUTS}
+            lr = learning_rate(step, self.total_steps, self.config.optim)
+            result = self.engine.train_step(batch, lr)
+            done = step + 1
+            ends_epoch = done % self.order.steps_per_epoch == 0
+            if done % self.config.logging.every_steps == 0 or ends_epoch or done == 1:
+                self._log_step(done, result, lr, time.monotonic() - started)
+            if ends_epoch:
+                self._end_epoch(done)
+
+    def _log_step(self, step: int, result: StepResult, lr: float, seconds: float) -> None:
+        images = (step - self.start_step) * self.config.train.global_batch
+        entry = {
+            "step": step,
+            "epoch": step / self.order.steps_per_epoch,
+            "loss": mean_over_ranks(result.loss),
+            "scale": float(result.scale),
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "images_per_s": images / seconds,
+        }
+        self.log.append(entry)
+        if rank() == 0:
+            self.context.progress(entry | {"total_steps": self.total_steps})
+
+    def _end_epoch(self, step: int) -> None:
+        epoch = step // self.order.steps_per_epoch
+        metrics = self.validation(self.engine)
+        self.log[-1] = self.log[-1] | metrics
+        if rank() == 0:
+            self.context.progress(self.log[-1] | {"total_steps": self.total_steps})
+        if epoch % self.config.checkpoint.every_epochs == 0 or step == self.total_steps:
+            self._checkpoint(step, epoch, metrics)
+        self.context.report({"step": step, "epoch": epoch, "loss": self.log[-1]["loss"], **metrics})
+
+    def _checkpoint(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        state, weights = self.engine.state(), self.engine.weights()
+        if rank() == 0:
+            best = best_of(self.checkpoints.list())
+            if best is None or metrics[BEST_METRIC] >= best.metrics[BEST_METRIC]:
+                self._write_weights(weights, {"step": step, "epoch": epoch, "metrics": metrics})
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            self.run.write_bytes(METRICS_KEY, lines.encode())
+            identity = run_identity(self.config, self.manifest, self.tokenizer)
+            self.checkpoints.write(step, epoch, state, metrics, identity)
+            self.checkpoints.prune(self.config.checkpoint.keep_last)
+        barrier()
+
+    def _write_weights(self, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        files = pack_weights(weights, self.config.model, self.tokenizer, about)
+        for name, data in files.items():
+            self.run.write_bytes(f"weights/{name}", data)
+
+    def _resume(self) -> int:
+        newest = broadcast_object(self.checkpoints.newest() if rank() == 0 else None)
+        if rank() == 0:
+            self.run.write_bytes("config.yaml", dump_config(self.config).encode())
+        if newest is None:
+            return 0
+        self.engine.load_state(self.checkpoints.read(newest), newest.step)
+        lines = self.run.read_bytes(METRICS_KEY).decode().splitlines()
+        self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= newest.step]
+        return newest.step
+
+
