@@ -47,8 +47,10 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        both_are_trees = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(below, value) if both_are_trees else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 
@@ -88,12 +90,14 @@ def _apply_override(tree: Tree, override: str) -> None:
 
 def _expand_preset(tree: Tree) -> Tree:
     model = tree.get("model")
-    name = model.get("preset") if isinstance(model, dict) else None
-    if name is None:
+    if not isinstance(model, dict) or model.get("preset") is None:
         return tree
+    name = model["preset"]
     if name not in MODEL_PRESETS:
         known = ", ".join(MODEL_PRESETS)
-        raise ConfigError(f"model.preset is {name!r}: must be one of {known}{_nearest(name, MODEL_PRESETS)}")
+        raise ConfigError(
+            f"model.preset is {name!r}: must be one of {known}{_nearest(name, MODEL_PRESETS)}"
+        )
     return {**tree, "model": merge(MODEL_PRESETS[name], model)}
 
 

@@ -24,7 +24,9 @@ from clip_ray.storage import Storage
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
 _LISTENERS = [
-    f"{server}.port{kind}" for server in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")
+    f"{server}.port{kind}"
+    for server in ("master", "volume", "filer", "s3")
+    for kind in ("", ".grpc")
 ]
 _CHECKSUMS = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
@@ -84,7 +86,8 @@ def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[
     data = folder / "data"
     data.mkdir(exist_ok=True)
     command = [
-        _weed(), f"-logdir={folder.resolve()}", "mini", f"-dir={data.resolve()}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        _weed(), f"-logdir={folder.resolve()}", "mini", f"-dir={data.resolve()}",
+        "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         *(f"-{flag}={port}" for flag, port in ports.items()),
     ]  # fmt: skip
@@ -97,7 +100,7 @@ def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
         )
     return server, ports["s3.port"]
 

@@ -45,11 +45,11 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
             "kwargs": {
                 "hidden_size": 128,
                 "intermediate_size": 512,
-                "num_hidden_layers": 3,
+                "num_hidden_layers": 2,
                 "num_attention_heads": 4,
             },
             "pooling": "last",
-            "context_length": 48,
+            "context_length": 40,
             "vocab_size": 1024,
         },
     },

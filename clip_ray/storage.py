@@ -90,8 +90,10 @@ class Storage:
         """The keys that start with `prefix`, in order."""
         start = f"{self.prefix}/" if self.prefix else ""
         with self._errors_named(prefix):
-            pages = _client().get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=start + prefix
+            pages = (
+                _client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=self.bucket, Prefix=start + prefix)
             )
             for page in pages:
                 for item in page.get("Contents", []):
@@ -178,7 +180,8 @@ def _client_of(endpoint: str | None, access_key: str | None, pid: int) -> Any:
         response_checksum_validation="when_required",
     )
     region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or "us-east-1"
-    return boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+    # A session of its own: boto3's default one would keep the first keys it saw.
+    return boto3.Session().client("s3", endpoint_url=endpoint, region_name=region, config=config)
 
 
 def arrow_filesystem() -> fs.S3FileSystem:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def prepare(config: DataConfig, storage: Storage, say: Callable[[str], None]) ->
     plans = [plan for split in splits for plan in _plan_shards(split, splits[split], config)]
     results = (
         ray.data.from_items(plans, override_num_blocks=len(plans))
-        .map(_write_shard, fn_args=(storage.root, config.row_group_rows))
+        .map(partial(_write_shard, root=storage.root, row_group_rows=config.row_group_rows))
         .iter_rows()
     )
     shards: dict[str, dict[str, Shard]] = {split: {} for split in splits}
@@ -126,7 +127,10 @@ def _write_shard(plan: dict[str, Any], root: str, row_group_rows: int) -> dict[s
     data = buffer.getvalue()
     Storage(root).write_bytes(plan["key"], data)
     shard = Shard(
-        key=plan["key"], rows=len(rows), size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+        key=plan["key"],
+        rows=len(rows),
+        size_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
     )
     return {"split": plan["split"], "shard": shard.model_dump(), "rejected": rejected}
 
@@ -144,7 +148,9 @@ def _fingerprint(config: DataConfig) -> str:
     """Of the annotations and of the settings that decide what the shards hold."""
     if config.source is None:
         raise RunError("data.source is null: name the folder with the raw data set")
-    digest = hashlib.sha256(f"{SCHEMA_VERSION} {config.shard_size_mib} {config.row_group_rows}".encode())
+    digest = hashlib.sha256(
+        f"{SCHEMA_VERSION} {config.shard_size_mib} {config.row_group_rows}".encode()
+    )
     for name in (TOKEN_FILE, KARPATHY_FILE):
         path = Path(config.source) / name
         try:

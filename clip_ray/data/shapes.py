@@ -215,7 +215,12 @@ def _draw_thing(
 def _corners(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
     if shape == "square":
         edge = radius * 0.88
-        return [(x - edge, y - edge), (x + edge, y - edge), (x + edge, y + edge), (x - edge, y + edge)]
+        return [
+            (x - edge, y - edge),
+            (x + edge, y - edge),
+            (x + edge, y + edge),
+            (x - edge, y + edge),
+        ]
     points, inner = {"triangle": (3, 1.0), "diamond": (4, 1.0), "star": (10, 0.42)}[shape]
     angles = -np.pi / 2 + 2 * np.pi * np.arange(points) / points
     radii = [radius * (inner if i % 2 and shape == "star" else 1.0) for i in range(points)]

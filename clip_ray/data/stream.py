@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class StreamSpec:
 
 
 def stream_spec(
+    *,
     data: DataConfig,
     storage: Storage,
     manifest: Manifest,
@@ -71,17 +72,15 @@ def training_stream(spec: StreamSpec, start_step: int, end_step: int) -> ray.dat
     """
     units = (end_step - start_step) * spec.world_size
     first = start_step * spec.world_size
+    load: Any = partial(_load_units, spec_ref=ray.put(spec), first=first)
     return ray.data.range(units, override_num_blocks=units).map_batches(
-        _load_units,
-        fn_kwargs={"spec": ray.put(spec), "first": first},
+        load,
         batch_size=None,
         num_cpus=READER_CPUS,
     )
 
 
-def checked_units(
-    batches: Iterator[Arrays], rank: int, start_step: int
-) -> Iterator[Arrays]:
+def checked_units(batches: Iterator[Arrays], rank: int, start_step: int) -> Iterator[Arrays]:
     """The units of one rank, each proved to be the next one. Raises RunError if one is not."""
     for step, unit in enumerate(batches, start_step):
         place = unit.pop("place")
@@ -91,8 +90,8 @@ def checked_units(
         yield unit
 
 
-def _load_units(batch: Arrays, spec: Any, first: int) -> Arrays:
-    spec = ray.get(spec) if isinstance(spec, ray.ObjectRef) else spec
+def _load_units(batch: Arrays, spec_ref: Any, first: int) -> Arrays:
+    spec: Any = ray.get(spec_ref)
     units = [load_unit(spec, first + int(number)) for number in batch["id"]]
     return {key: np.concatenate([unit[key] for unit in units]) for key in units[0]}
 

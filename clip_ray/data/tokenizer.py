@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from clip_ray.config import TextTowerConfig
 from clip_ray.errors import RunError
@@ -83,5 +91,7 @@ def _named(name: str) -> Tokenizer:
         named = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
-        raise RunError(f"model.text.tokenizer is {name!r}: cannot be loaded: {first_line}") from None
+        raise RunError(
+            f"model.text.tokenizer is {name!r}: cannot be loaded: {first_line}"
+        ) from None
     return named.backend_tokenizer

@@ -53,7 +53,9 @@ class PretrainedCLIP:
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> unit vectors [B, D] float32."""
-        token_ids, token_lengths = (torch.from_numpy(a).to(self.device) for a in self.tokenizer(texts))
+        token_ids, token_lengths = (
+            torch.from_numpy(a).to(self.device) for a in self.tokenizer(texts)
+        )
         _, features, _ = self.model(token_ids=token_ids, token_lengths=token_lengths)
         return features
 
@@ -115,6 +117,6 @@ def _load_folder(folder: Path, device: str | torch.device) -> PretrainedCLIP:
 
 def _without_pretrained(config: ModelConfig) -> ModelConfig:
     """The same architecture, without fetching the weights that training began with."""
-    if not (config.image.pretrained or config.text.pretrained):
-        return config
-    raise NotImplementedError
+    image = config.image.model_copy(update={"pretrained": False, "weights": None})
+    text = config.text.model_copy(update={"pretrained": False})
+    return config.model_copy(update={"image": image, "text": text})

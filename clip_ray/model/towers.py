@@ -86,14 +86,14 @@ def _refuse_batch_statistics(trunk: Any, name: str) -> None:
     for module in trunk.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, FrozenBatchNormAct2d):
             raise ConfigError(
-                f"model.image.timm_name is {name!r}: its BatchNorm makes the gradient depend on the "
-                "micro batch; take a model with GroupNorm or LayerNorm (resnet50_gn), or "
+                f"model.image.timm_name is {name!r}: its BatchNorm makes the gradient depend on "
+                "the micro batch; take a model with GroupNorm or LayerNorm (resnet50_gn), or "
                 "model.image.pretrained=true, which freezes it"
             )
 
 
 def _build_encoder(config: TextTowerConfig, vocab_size: int) -> Any:
-    if config.pretrained:
+    if config.pretrained and config.name is not None:
         return AutoModel.from_pretrained(config.name, dtype=torch.float32)
     kwargs = {**config.kwargs, "vocab_size": vocab_size}
     try:

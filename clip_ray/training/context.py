@@ -22,5 +22,3 @@ class WorkerContext(Protocol):
     def report(self, metrics: dict[str, float]) -> None:
         """Hands on an epoch's metrics. Every rank must call it, equally often."""
         ...
-
-

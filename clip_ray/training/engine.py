@@ -55,12 +55,14 @@ class Engine:
             betas=config.optim.betas,
             eps=config.optim.eps,
         )
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
+        # Any: DeepSpeed's classes do not declare what its engines have.
+        initialised: Any = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
             config=deepspeed_config(config.train, config.optim, config.micro_batch),
             dist_init_required=False,
         )
+        self._engine, self._optimizer = initialised[:2]
         self.device = self._engine.device
         self._z3 = config.train.zero_stage == 3
 
@@ -81,7 +83,9 @@ class Engine:
         self._engine.backward(loss)
         self._engine.step()
         self.clamp_logit_scale()
-        return StepResult(loss.detach(), scale.detach(), float(self._engine.get_global_grad_norm() or 0))
+        return StepResult(
+            loss.detach(), scale.detach(), float(self._engine.get_global_grad_norm() or 0)
+        )
 
     @torch.no_grad()
     def encode(self, **inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -108,6 +112,7 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """`param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` in fp32, `buffer/NAME`, on the CPU."""
         tensors: dict[str, Tensor] = {}
+        self._link_moments()
         for name, parameter in self._parameters():
             tensors[f"param/{name}"] = self._master(parameter).cpu().clone()
             for key in MOMENTS:
@@ -172,9 +177,16 @@ class Engine:
                 "step": torch.tensor(float(step)),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Ties each parameter to its moments once more.
+
+        DeepSpeed does so after the first group's first step, when the other groups have none yet.
+        """
+        if hasattr(self._optimizer, "_hp_optimizer_states_linked"):
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

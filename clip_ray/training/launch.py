@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ def ray_session(config: Config) -> Iterator[None]:
             "object_store_memory": 2**30,
         }
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address or "local", logging_level="WARNING", **arguments)
+    ray.init(address or "local", logging_level=logging.WARNING, **arguments)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
@@ -111,9 +112,14 @@ def _fit(config: Config, tokenizer: CaptionTokenizer, total_steps: int) -> None:
     data = Storage(config.data_root)
     manifest = read_manifest(data)
     spec = stream_spec(
-        config.data, data, manifest, tokenizer, make_order(config, manifest),
-        config.cluster.num_workers, config.model.image.size,
-    )  # fmt: skip
+        data=config.data,
+        storage=data,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        order=make_order(config, manifest),
+        world_size=config.cluster.num_workers,
+        image_size=config.model.image.size,
+    )
 
     def stream() -> ray.data.Dataset:
         # Called at each start of the worker group: after a failure the run begins further on.
@@ -129,7 +135,11 @@ def _fit(config: Config, tokenizer: CaptionTokenizer, total_steps: int) -> None:
                 use_gpu=config.cluster.gpus_per_worker > 0,
                 resources_per_worker={
                     "CPU": config.cluster.cpus_per_worker,
-                    **({"GPU": config.cluster.gpus_per_worker} if config.cluster.gpus_per_worker else {}),
+                    **(
+                        {"GPU": config.cluster.gpus_per_worker}
+                        if config.cluster.gpus_per_worker
+                        else {}
+                    ),
                 },
             ),
             run_config=RunConfig(
@@ -169,7 +179,7 @@ class _RayContext:
         self._config, self._board = config, board
 
     def units(self) -> Iterator[dict[str, NDArray[Any]]]:
-        shard = ray.train.get_dataset_shard("train")
+        shard: Any = ray.train.get_dataset_shard("train")
         batches: Any = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
         rank = ray.train.get_context().get_world_rank()
         start = _resume_step(self._config)

@@ -134,5 +134,3 @@ class Trainer:
         lines = self.run.read_bytes(METRICS_KEY).decode().splitlines()
         self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= newest.step]
         return newest.step
-
-

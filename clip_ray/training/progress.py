@@ -24,7 +24,11 @@ class Progress:
             return
         final = state["step"] == state["total_steps"]
         now = time.monotonic()
-        if final or "image_retrieval_recall@1" in state or now - self._last_line_at >= self._interval_s:
+        if (
+            final
+            or "image_retrieval_recall@1" in state
+            or now - self._last_line_at >= self._interval_s
+        ):
             self._last_line_at = now
             print(_line(state), file=sys.stderr, flush=True)
 

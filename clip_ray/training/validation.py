@@ -48,7 +48,9 @@ class Validation:
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """R@k of the whole split, the same on every rank."""
-        images = self._encode(len(self._images), lambda rows: engine.encode(images=self._images[rows])[0])
+        images = self._encode(
+            len(self._images), lambda rows: engine.encode(images=self._images[rows])[0]
+        )
         ids, lengths = self._tokens
         texts = self._encode(
             len(ids),
@@ -60,11 +62,15 @@ class Validation:
         """All ranks' features [N, D]: the same number of forwards on each, as ZeRO-3 needs."""
         # array_split's parts differ by one at most, rank 0's being the largest.
         largest = count if rank() == 0 else count + 1
-        forwards = math.ceil(largest / self._batch) if world_size() > 1 else math.ceil(count / self._batch)
+        forwards = (
+            math.ceil(largest / self._batch) if world_size() > 1 else math.ceil(count / self._batch)
+        )
         forwards = int(gather_rows(torch.tensor([forwards])).max())
         parts = []
         for number in range(forwards):
-            rows = torch.arange(number * self._batch, (number + 1) * self._batch).clamp(max=count - 1)
+            rows = torch.arange(number * self._batch, (number + 1) * self._batch).clamp(
+                max=count - 1
+            )
             features = encode(rows.unique())
             assert features is not None
             parts.append(features.cpu())

@@ -1,0 +1,98 @@
+"""The `clip-ray` command: each sub-command checks its config, then runs one part of the way."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clip_ray.config import Config
+from clip_ray.config_file import dump_config, load_config
+from clip_ray.errors import ConfigError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train CLIP on Flickr30k with Ray and DeepSpeed.",
+)
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Fields laid over it: optim.lr=1e-3 train.epochs=5")
+]
+DryRun = Annotated[bool, typer.Option(help="Check everything, start nothing.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line. Exit code 2: the config is wrong; 1: the run failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        app([argument for argument in arguments if argument != "--debug"])
+    except ConfigError as error:
+        _fail(error, 2, debug)
+    except KeyboardInterrupt as error:
+        _fail(
+            InterruptedError("interrupted; the same command goes on from here"), 130, debug, error
+        )
+    except Exception as error:  # the user gets one line, not a traceback
+        _fail(error, 1, debug)
+
+
+@app.command()
+def config(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option(help="Print the JSON schema of all fields.")] = False,
+) -> None:
+    """Print the resolved config.
+
+    Example: clip-ray config jobs/configs/shapes.yaml optim.lr=1e-3
+    """
+    resolved = load_config(path, overrides or ())
+    print(json.dumps(Config.model_json_schema(), indent=2) if schema else dump_config(resolved))
+
+
+@app.command()
+def prepare(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Turn the raw data set into Parquet shards and a manifest in S3.
+
+    Example: clip-ray prepare jobs/configs/shapes.yaml
+    """
+    resolved = load_config(path, overrides or ())
+    if dry_run:
+        return _say("prepare: the config is right; nothing was started")
+    from clip_ray import pipeline
+
+    with pipeline.session(resolved, _say):
+        pipeline.prepare_data(resolved, _say)
+
+
+@app.command()
+def train(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train the run, or resume it from its newest checkpoint.
+
+    Example: clip-ray train jobs/configs/shapes.yaml train.epochs=20
+    """
+    resolved = load_config(path, overrides or ())
+    if dry_run:
+        return _say("train: the config is right; nothing was started")
+    from clip_ray import pipeline
+
+    with pipeline.session(resolved, _say):
+        pipeline.train_model(resolved, _say)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _fail(error: BaseException, code: int, debug: bool, cause: BaseException | None = None) -> None:
+    if debug:
+        raise cause or error
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,64 @@
+"""Fixtures that many tests share: the real, embedded S3 server, and a small prepared data set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clip_ray.config import Config
+from clip_ray.config_file import load_config
+from clip_ray.data.shapes import ShapesSpec, write_shapes
+from clip_ray.embedded_s3 import embedded_s3
+from clip_ray.storage import Storage
+
+SHAPES_YAML = Path(__file__).parent.parent / "jobs" / "configs" / "shapes.yaml"
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The embedded server for the whole session, named by the environment."""
+    with embedded_s3(tmp_path_factory.mktemp("s3")) as environment:
+        patch = pytest.MonkeyPatch()
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
+        patch.undo()
+
+
+@pytest.fixture
+def storage(s3_environment: None, request: pytest.FixtureRequest) -> Storage:
+    """An empty place in a real bucket, one for each test."""
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    storage = Storage(f"s3://clip-ray-tests/{name}-{os.getpid()}")
+    storage.create_bucket()
+    return storage
+
+
+@pytest.fixture(scope="session")
+def raw_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set in the raw layout: 128 train, 16 val, 32 test images."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, ShapesSpec(train=128, val=16, test=32, zero_shot_per_class=1))
+    return folder
+
+
+@pytest.fixture
+def small_config(storage: Storage, raw_shapes: Path) -> Config:
+    """The shapes config over `raw_shapes` and `storage`: two epochs of four steps."""
+    return load_config(
+        SHAPES_YAML,
+        [
+            f"storage.root={storage.root}",
+            f"data.source={raw_shapes}",
+            f"data.zero_shot_source={raw_shapes / 'zero-shot'}",
+            "data.row_group_rows=8",
+            "train.global_batch=32",
+            "train.epochs=2",
+            "optim.warmup_steps=2",
+            "logging.every_steps=1",
+            "checkpoint.keep_last=2",
+        ],
+    )

@@ -1,0 +1,39 @@
+"""The main job on a small set: two Ray Train workers, ZeRO-2, over a real S3 server."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from clip_ray import load_model
+from clip_ray.config import Config
+from clip_ray.pipeline import prepare_data, session, train_model
+from clip_ray.storage import Storage
+from clip_ray.training.checkpoint import Checkpoints
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
+@pytest.mark.timeout(600)
+def test_prepare_train_resume_and_load(small_config: Config) -> None:
+    said: list[str] = []
+    run = Storage(small_config.run_root)
+    with session(small_config, said.append):
+        prepare_data(small_config, said.append)
+        prepare_data(small_config, said.append)
+        train_model(small_config, said.append)
+        uncut = Checkpoints(run).newest()
+        train_model(small_config, said.append)
+        run.delete("checkpoints/step-00000008/manifest.json")
+        train_model(small_config, said.append)
+    assert any("is there already" in line for line in said)
+    assert any("is trained already: 8 steps" in line for line in said)
+    assert any("resumes at step 4 of 8" in line for line in said)
+    newest = Checkpoints(run).newest()
+    assert newest is not None
+    assert newest.step == 8
+    assert newest == uncut  # checksum of parameters and moments included: bit for bit
+    assert 0 <= newest.metrics["image_retrieval_recall@1"] <= 1
+    model = load_model(f"{small_config.run_root}/weights")
+    assert model.encode_text(["a red star"]).shape == (1, 128)
+    assert model.encode_image([Image.new("RGB", (80, 70))]).shape == (1, 128)
