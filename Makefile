@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install test lint lock clean
+.PHONY: help install demo test lint lock clean
 
 help: ## Print the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -16,6 +16,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $(STAMP)
+
+demo: install ## Run the whole way on the embedded data set
+	@$(BIN)/clip-ray demo
 
 lint: install ## Check style and types
 	@$(BIN)/ruff check .

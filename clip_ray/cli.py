@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -84,6 +86,74 @@ def train(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 
     with pipeline.session(resolved, _say):
         pipeline.train_model(resolved, _say)
+
+
+@app.command()
+def evaluate(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Measure retrieval and zero-shot classification, and index the images for search.
+
+    Example: clip-ray evaluate jobs/configs/shapes.yaml evaluation.split=val
+    """
+    resolved = load_config(path, overrides or ())
+    if dry_run:
+        return _say("evaluate: the config is right; nothing was started")
+    from clip_ray import pipeline
+
+    with pipeline.session(resolved, _say):
+        print(json.dumps(pipeline.evaluate_model(resolved, _say)))
+
+
+@app.command()
+def search(
+    text: Annotated[str | None, typer.Option(help="A sentence.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file; default: the demo's.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many images.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find indexed images by a sentence or an image.
+
+    Example: clip-ray search --text "a large red star at the top left" --top 5
+    """
+    if (text is None) == (image is None):
+        raise ConfigError("search needs --text SENTENCE or --image FILE, one of the two")
+    resolved = load_config(config or demo_config_path())
+    from clip_ray import pipeline
+    from clip_ray.embedded_s3 import storage_session
+
+    with storage_session(resolved.storage):
+        hits = pipeline.search_images(resolved, text, image, top)
+    if as_json:
+        return print(json.dumps([asdict(hit) for hit in hits]))
+    for hit in hits:
+        print(f"{hit.filename}  {hit.score:.3f}  {' | '.join(hit.captions)}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where raw data and storage lie.")] = Path(
+        ".clip-ray"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Run the whole way on the embedded data set; the last line printed is its result as JSON.
+
+    Example: clip-ray demo
+    """
+    places = [
+        f"storage.embedded_dir={folder / 's3'}",
+        f"data.source={folder / 'raw' / 'shapes'}",
+        f"data.zero_shot_source={folder / 'raw' / 'shapes' / 'zero-shot'}",
+    ]
+    resolved = load_config(demo_config_path(), [*places, *(overrides or ())])
+    from clip_ray.demo import run_demo
+
+    print(json.dumps(run_demo(resolved, _say)))
+
+
+def demo_config_path() -> Path:
+    """The config of the embedded data set, installed with the package."""
+    return Path(str(resources.files("clip_ray.configs") / "shapes.yaml"))
 
 
 def _say(line: str) -> None:

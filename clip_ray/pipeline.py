@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
 
 from clip_ray.config import Config
 from clip_ray.data.prepare import is_prepared, prepare
 from clip_ray.embedded_s3 import storage_session
+from clip_ray.errors import RunError
+from clip_ray.evaluation.evaluate import evaluate
+from clip_ray.model.pretrained import load_model
+from clip_ray.search.index import Hit, read_index
 from clip_ray.storage import Storage
 from clip_ray.training.launch import ray_session, train
 
@@ -37,3 +44,27 @@ def train_model(config: Config, say: Say) -> None:
     """Trains the run to its end."""
     if train(config, say):
         say(f"train: done; weights in {config.run_root}/weights")
+
+
+def evaluate_model(config: Config, say: Say) -> dict[str, dict[str, float]]:
+    """Metrics by task, printed as a table too."""
+    results = evaluate(config)
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            say(f"evaluate: {task}: {name:28} {value:7.2%}")
+    say(f"evaluate: results in {config.run_root}/results")
+    return results
+
+
+def search_images(config: Config, text: str | None, image: Path | None, top: int) -> list[Hit]:
+    """The indexed images nearest to a sentence or to an image file. Needs storage, not Ray."""
+    run = Storage(config.run_root)
+    index = read_index(run)
+    model = load_model(run.uri("weights"))
+    if text is not None:
+        return index.search(model.encode_text([text])[0], top)
+    try:
+        with Image.open(image or "") as picture:
+            return index.search(model.encode_image([picture])[0], top)
+    except (OSError, UnidentifiedImageError) as error:
+        raise RunError(f"--image {image}: cannot be read as an image: {error}") from None

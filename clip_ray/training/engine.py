@@ -18,11 +18,16 @@ from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
+from clip_ray.collectives import rank, world_size
 from clip_ray.config import Config, OptimConfig, TrainConfig
 from clip_ray.loss.info_nce import info_nce
 from clip_ray.model.clip import CLIP
@@ -146,22 +151,28 @@ class Engine:
         return parameter.detach() if master is None else master.reshape(_shape(parameter))
 
     def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        safe_set_full_fp32_param(parameter, value)
         if self._z3:
+            safe_set_local_fp32_param(parameter, _part(value, safe_get_local_fp32_param(parameter)))
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
         else:
+            safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         moment = safe_get_full_optimizer_state(parameter, key)
         if moment is None:
-            return self._optimizer.state[parameter][key]
+            # AdamW keeps none for a parameter that had no gradient yet.
+            state = self._optimizer.state.get(parameter, {})
+            return state.get(key, torch.zeros_like(parameter))
         return moment.reshape(_shape(parameter))
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if parameter in self._optimizer.state:
             self._optimizer.state[parameter][key].copy_(value)
+        elif self._z3:
+            mine = _part(value, safe_get_local_optimizer_state(parameter, key))
+            safe_set_local_optimizer_state(parameter, mine, key)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
@@ -214,3 +225,13 @@ def deepspeed_config(train: TrainConfig, optim: OptimConfig, micro_batch: int) -
 def _shape(parameter: nn.Parameter) -> torch.Size:
     # Under ZeRO-3 the parameter itself is empty between forwards.
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _part(value: Tensor, local: Any) -> Tensor:
+    """This rank's part of a full tensor, in the shape of `local`.
+
+    The parts are equal, the last ones padded with zeros; DeepSpeed's own setter forgets that.
+    """
+    padded = torch.zeros(local.numel() * world_size(), dtype=local.dtype, device=local.device)
+    padded[: value.numel()] = value.flatten()
+    return padded.chunk(world_size())[rank()].reshape(local.shape)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from clip_ray import load_model
 from clip_ray.config import Config
-from clip_ray.pipeline import prepare_data, session, train_model
+from clip_ray.pipeline import evaluate_model, prepare_data, search_images, session, train_model
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import Checkpoints
 
@@ -26,6 +26,7 @@ def test_prepare_train_resume_and_load(small_config: Config) -> None:
         train_model(small_config, said.append)
         run.delete("checkpoints/step-00000008/manifest.json")
         train_model(small_config, said.append)
+        results = evaluate_model(small_config, said.append)
     assert any("is there already" in line for line in said)
     assert any("is trained already: 8 steps" in line for line in said)
     assert any("resumes at step 4 of 8" in line for line in said)
@@ -37,3 +38,8 @@ def test_prepare_train_resume_and_load(small_config: Config) -> None:
     model = load_model(f"{small_config.run_root}/weights")
     assert model.encode_text(["a red star"]).shape == (1, 128)
     assert model.encode_image([Image.new("RGB", (80, 70))]).shape == (1, 128)
+    assert set(results) == {"zeroshot_retrieval", "zeroshot_classification"}
+    hits = search_images(small_config, "a red star", None, top=3)
+    assert len(hits) == 3
+    assert hits[0].score >= hits[1].score
+    assert len(hits[0].captions) == 5
