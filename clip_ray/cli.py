@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -153,7 +152,9 @@ def demo(
 
 def demo_config_path() -> Path:
     """The config of the embedded data set, installed with the package."""
-    return Path(str(resources.files("clip_ray.configs") / "shapes.yaml"))
+    package = Path(__file__).parent
+    in_checkout = package.parent / "jobs" / "configs" / "shapes.yaml"
+    return in_checkout if in_checkout.exists() else package / "configs" / "shapes.yaml"
 
 
 def _say(line: str) -> None:

@@ -70,6 +70,8 @@ class Engine:
         self._engine, self._optimizer = initialised[:2]
         self.device = self._engine.device
         self._z3 = config.train.zero_stage == 3
+        self._inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        self._unsharded = self._unsharded_masters() if config.train.zero_stage == 0 else {}
 
     @property
     def module(self) -> CLIP:
@@ -145,31 +147,46 @@ class Engine:
         buffers = dict(self.module.named_buffers())
         return {name: buffers[name].cpu().clone() for name in sorted(persistent)}
 
+    def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
+        """ZeRO-0: each parameter's fp32 master, which in fp32 is the parameter itself."""
+        own = [p for _, p in self._parameters()]
+        narrow = [p for group in getattr(self._optimizer, "fp16_groups", [own]) for p in group]
+        wide = [p for group in getattr(self._optimizer, "fp32_groups", [own]) for p in group]
+        # DeepSpeed's ZeRO-0 in bf16 has stepped once by now, with zero gradients, to make its
+        # state: that counts a step and decays the weights. It is undone.
+        self._inner.state.clear()
+        for parameter, master in zip(narrow, wide, strict=True):
+            master.data.copy_(parameter.data)
+        return dict(zip(narrow, wide, strict=True))
+
     def _master(self, parameter: nn.Parameter) -> Tensor:
-        master = safe_get_full_fp32_param(parameter)
-        # ZeRO-0 in fp32 has no master: the parameter is it.
-        return parameter.detach() if master is None else master.reshape(_shape(parameter))
+        if self._unsharded:
+            return self._unsharded[parameter].detach()
+        master: Any = safe_get_full_fp32_param(parameter)
+        return master.reshape(_shape(parameter))
 
     def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets the master, and what the next forward sees of it."""
         if self._z3:
             safe_set_local_fp32_param(parameter, _part(value, safe_get_local_fp32_param(parameter)))
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
+            return
+        if self._unsharded:
+            self._unsharded[parameter].data.copy_(value)
         else:
             safe_set_full_fp32_param(parameter, value)
-            parameter.data.copy_(value)
+        parameter.data.copy_(value)
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        moment = safe_get_full_optimizer_state(parameter, key)
-        if moment is None:
-            # AdamW keeps none for a parameter that had no gradient yet.
-            state = self._optimizer.state.get(parameter, {})
-            return state.get(key, torch.zeros_like(parameter))
+        if self._unsharded:
+            return self._inner.state[self._unsharded[parameter]][key]
+        moment: Any = safe_get_full_optimizer_state(parameter, key)
         return moment.reshape(_shape(parameter))
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        if parameter in self._optimizer.state:
-            self._optimizer.state[parameter][key].copy_(value)
+        if self._unsharded:
+            self._moment(parameter, key).copy_(value)
         elif self._z3:
             mine = _part(value, safe_get_local_optimizer_state(parameter, key))
             safe_set_local_optimizer_state(parameter, mine, key)
@@ -178,13 +195,10 @@ class Engine:
 
     def _materialise_moments(self, step: int) -> None:
         """AdamW makes its state at its first step; a restored one needs it before."""
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        flat_name = next((n for n in _FLAT_GROUPS if hasattr(self._optimizer, n)), None)
-        flats = getattr(self._optimizer, flat_name) if flat_name else [
-            p for group in inner.param_groups for p in group["params"]
-        ]  # fmt: skip
+        names = [name for name in _FLAT_GROUPS if hasattr(self._optimizer, name)]
+        flats = getattr(self._optimizer, names[0]) if names else self._unsharded.values()
         for flat in flats:
-            inner.state[flat] = {
+            self._inner.state[flat] = {
                 "step": torch.tensor(float(step)),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
