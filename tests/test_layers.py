@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "clip_ray"
 
 # The first that fits names the layer; a lower layer imports no higher one.
 LAYERS = [
-    ("cli", 10), ("demo", 9), ("pipeline", 8), ("tuning", 7), ("training", 6),
+    ("__main__", 11), ("cli", 10), ("demo", 9), ("pipeline", 8), ("tuning", 7), ("training", 6),
     ("evaluation.retrieval", 4), ("evaluation", 5), ("search", 4),
     ("model", 3), ("loss", 3), ("data.prepare", 3), ("data", 2), ("collectives", 2),
     ("embedded_s3", 1), ("storage", 1), ("", 0),
