@@ -9,7 +9,7 @@ from clip_ray.evaluation.report import Query, write_report
 
 
 def test_report_is_self_contained(tmp_path: Path) -> None:
-    log = [{"step": s, "loss": 5 - s, "scale": 14 + s} for s in range(3)]
+    log = [{"step": s, "loss": 5.0 - s, "scale": 14.0 + s} for s in range(3)]
     log[-1]["image_retrieval_recall@1"] = 0.5
     results = {"zeroshot_retrieval": {"image_retrieval_recall@1": 0.614}}
     query = Query("a <red> star", "1.jpg", [("1.jpg", 0.9, b"jpeg"), ("2.jpg", 0.8, b"jpeg")])
