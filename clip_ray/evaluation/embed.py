@@ -32,10 +32,11 @@ def embed_split(data: Storage, shards: list[Shard], weights: str, batch: int) ->
     """Embeds `shards` with the model at `weights`. Needs a running Ray."""
     paths = [data.arrow_path(shard.key) for shard in shards]
     encoder: Any = _Encoder
+    one_actor = ray.data.ActorPoolStrategy(size=1)
     rows = (
         ray.data.read_parquet(paths, filesystem=arrow_filesystem())
         .map_batches(
-            encoder, fn_constructor_args=(weights,), batch_size=batch, concurrency=1, num_cpus=1
+            encoder, fn_constructor_args=(weights,), batch_size=batch, compute=one_actor, num_cpus=1
         )
         .take_all()
     )
