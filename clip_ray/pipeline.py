@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
@@ -18,13 +19,17 @@ from clip_ray.search.index import Hit, read_index
 from clip_ray.storage import Storage
 from clip_ray.training.launch import ray_session, train
 
+if TYPE_CHECKING:
+    from clip_ray.tuning.space import Space
+    from clip_ray.tuning.sweep import Trial
+
 Say = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def session(config: Config, say: Say) -> Iterator[None]:
+def session(config: Config, say: Say, dashboard: bool = False) -> Iterator[None]:
     """Storage reachable and Ray running while the block does. Raises RunError."""
-    with storage_session(config.storage), ray_session(config):
+    with storage_session(config.storage), ray_session(config, dashboard):
         say(f"storage: {config.storage.root}")
         yield
 
@@ -54,6 +59,17 @@ def evaluate_model(config: Config, say: Say) -> dict[str, dict[str, float]]:
             say(f"evaluate: {task}: {name:28} {value:7.2%}")
     say(f"evaluate: results in {config.run_root}/results")
     return results
+
+
+def tune_model(config: Config, space: Space, trials: int, say: Say) -> list[Trial]:
+    """Trains `trials` points of `space` and says which was the best."""
+    from clip_ray.tuning.sweep import run_sweep, table  # needs the extra [tune]
+
+    found = run_sweep(config, space, trials, say)
+    for line in table(found):
+        say(line)
+    say(f"tune: results and best.yaml in {config.storage.root}/sweeps/{config.name}")
+    return found
 
 
 def search_images(config: Config, text: str | None, image: Path | None, top: int) -> list[Hit]:

@@ -18,6 +18,7 @@ LAYERS = [
 ALLOWED = {
     "ray.data": {"data/prepare", "data/stream", "evaluation/embed", "training/launch"},
     "ray.train": {"training/launch"},
+    "ray.tune": {"tuning/sweep"},
     "deepspeed": {"training/engine"},
     "torch.distributed": {"collectives"},
     "boto3": {"storage"},

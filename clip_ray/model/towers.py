@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel
 from clip_ray.config import ImageTowerConfig, TextTowerConfig
 from clip_ray.errors import ConfigError
 
+TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 SIZED_FAMILIES = ("vit_", "deit", "swin", "beit", "eva", "mixer")
 
 
@@ -100,8 +101,9 @@ def _build_encoder(config: TextTowerConfig, vocab_size: int) -> Any:
         if config.name is not None:
             architecture = AutoConfig.from_pretrained(config.name, **kwargs)
         else:
-            length = {"max_position_embeddings": config.context_length}
-            architecture = AutoConfig.for_model(config.model_type, **(length | kwargs))
+            # The ids of the tokenizer that is trained here.
+            defaults = {"max_position_embeddings": config.context_length, **TOKEN_IDS}
+            architecture = AutoConfig.for_model(config.model_type, **(defaults | kwargs))
         return AutoModel.from_config(architecture)
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(

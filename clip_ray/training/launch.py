@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import ray.train
 import torch
 from numpy.typing import NDArray
 from ray.train import DataConfig as RayDataConfig
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from clip_ray.config import Config
@@ -39,10 +39,10 @@ FORWARDED = (
 
 
 @contextlib.contextmanager
-def ray_session(config: Config) -> Iterator[None]:
+def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     """A connection to the cluster that the config or RAY_ADDRESS names, or a local Ray.
 
-    A local Ray is stopped at the end of the block.
+    A local Ray is stopped at the end of the block; `dashboard` says whether it has one.
     """
     if ray.is_initialized():
         yield
@@ -57,10 +57,12 @@ def ray_session(config: Config) -> Iterator[None]:
         wanted = config.cluster.num_workers * config.cluster.cpus_per_worker + 2
         arguments |= {
             "num_cpus": max(os.cpu_count() or 1, int(wanted)),
-            "include_dashboard": False,
+            "include_dashboard": dashboard,
             "object_store_memory": 2**30,
         }
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What a submitted job's runtime_env says already may be said again here.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     ray.init(address or "local", logging_level=logging.WARNING, **arguments)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
@@ -71,10 +73,13 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def train(config: Config, say: Callable[[str], None]) -> bool:
+def train(
+    config: Config, say: Callable[[str], None], callbacks: Sequence[UserCallback] = ()
+) -> bool:
     """Trains the run to its end, from its newest checkpoint; False if it was at its end already.
 
-    Needs a Ray session and reachable storage. Raises RunError.
+    Needs a Ray session and reachable storage. `callbacks` hear each epoch's report. Raises
+    RunError.
     """
     run, data = Storage(config.run_root), Storage(config.data_root)
     manifest = read_manifest(data)
@@ -93,7 +98,7 @@ def train(config: Config, say: Callable[[str], None]) -> bool:
             say(f"train: {config.name} is trained already: {newest.step} steps are in {run.root}")
             return False
         say(f"train: {config.name} resumes at step {newest.step} of {total_steps}")
-    _fit(config, tokenizer, total_steps)
+    _fit(config, tokenizer, total_steps, callbacks)
     return True
 
 
@@ -108,7 +113,12 @@ def _tokenizer(config: Config, run: Storage, data: Storage) -> CaptionTokenizer:
     return tokenizer
 
 
-def _fit(config: Config, tokenizer: CaptionTokenizer, total_steps: int) -> None:
+def _fit(
+    config: Config,
+    tokenizer: CaptionTokenizer,
+    total_steps: int,
+    callbacks: Sequence[UserCallback],
+) -> None:
     data = Storage(config.data_root)
     manifest = read_manifest(data)
     spec = stream_spec(
@@ -147,6 +157,7 @@ def _fit(config: Config, tokenizer: CaptionTokenizer, total_steps: int) -> None:
                 storage_path=Storage(config.run_root).arrow_path("").rstrip("/"),
                 storage_filesystem=arrow_filesystem(),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+                callbacks=list(callbacks),
             ),
             datasets={"train": stream},
             dataset_config=RayDataConfig(execution_options=execution),

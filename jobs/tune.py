@@ -1,0 +1,8 @@
+"""`ray job submit --working-dir . -- python jobs/tune.py CONFIG --space SPACE [--trials N]`."""
+
+import sys
+
+from clip_ray.cli import main
+
+if __name__ == "__main__":
+    main(["tune", *sys.argv[1:]])

@@ -1,0 +1,80 @@
+"""Starts a real Ray head with its dashboard and a token, in a process group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+RAY = Path(sys.executable).parent / "ray"
+START_TIMEOUT_S = 90
+
+
+@contextlib.contextmanager
+def ray_head(environment: Mapping[str, str], num_cpus: int = 4) -> Iterator[dict[str, str]]:
+    """Yields the environment that a client of the head needs."""
+    gcs, dashboard, client, agent = _free_ports(4)
+    # Ray's sockets lie below this folder, and their paths may have 107 characters at most.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        token = Path(folder) / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        common = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        bin_first = f"{RAY.parent}:{os.environ['PATH']}"
+        head = subprocess.Popen(
+            [
+                str(RAY), "start", "--head", "--block", "--disable-usage-stats",
+                "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
+                f"--port={gcs}", f"--dashboard-port={dashboard}",
+                f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+                f"--num-cpus={num_cpus}", "--object-store-memory=1000000000",
+                f"--temp-dir={folder}/r",
+            ],
+            env=os.environ | environment | common | {"PATH": bin_first},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            _await_port(dashboard, head)
+            yield {**common, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", "PATH": bin_first}
+        finally:
+            _stop(head)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _await_port(port: int, head: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert head.poll() is None, "the head died"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.5)
+    raise TimeoutError(f"the dashboard did not open its port within {START_TIMEOUT_S} s")
+
+
+def _stop(head: subprocess.Popen[bytes]) -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.wait(15)
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
