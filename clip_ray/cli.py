@@ -64,10 +64,11 @@ def prepare(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fal
     Example: clip-ray prepare jobs/configs/shapes.yaml
     """
     resolved = load_config(path, overrides or ())
-    if dry_run:
-        return _say("prepare: the config is right; nothing was started")
     from clip_ray import pipeline
 
+    pipeline.check(resolved)
+    if dry_run:
+        return _say("prepare: config, model and storage are right; nothing was started")
     with pipeline.session(resolved, _say):
         pipeline.prepare_data(resolved, _say)
 
@@ -79,10 +80,11 @@ def train(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
     Example: clip-ray train jobs/configs/shapes.yaml train.epochs=20
     """
     resolved = load_config(path, overrides or ())
-    if dry_run:
-        return _say("train: the config is right; nothing was started")
     from clip_ray import pipeline
 
+    pipeline.check(resolved)
+    if dry_run:
+        return _say("train: config, model and storage are right; nothing was started")
     with pipeline.session(resolved, _say):
         pipeline.train_model(resolved, _say)
 
@@ -94,10 +96,11 @@ def evaluate(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
     Example: clip-ray evaluate jobs/configs/shapes.yaml evaluation.split=val
     """
     resolved = load_config(path, overrides or ())
-    if dry_run:
-        return _say("evaluate: the config is right; nothing was started")
     from clip_ray import pipeline
 
+    pipeline.check(resolved)
+    if dry_run:
+        return _say("evaluate: config, model and storage are right; nothing was started")
     with pipeline.session(resolved, _say):
         print(json.dumps(pipeline.evaluate_model(resolved, _say)))
 
@@ -120,10 +123,11 @@ def tune(
 
     resolved = load_config(path, overrides or ())
     checked_space = load_space(space, resolved)
-    if dry_run:
-        return _say("tune: config and space are right; nothing was started")
     from clip_ray import pipeline
 
+    pipeline.check(resolved)
+    if dry_run:
+        return _say("tune: config, space, model and storage are right; nothing was started")
     # Tune frees the workers of a stopped trial through the dashboard.
     with pipeline.session(resolved, _say, dashboard=True):
         pipeline.prepare_data(resolved, _say)

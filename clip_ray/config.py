@@ -74,6 +74,11 @@ class ImageTowerConfig(Section):
         default=False, description="Start from weights: timm's of that name, or those in `weights`."
     )
     weights: str | None = Field(default=None, description="Local weights file for `pretrained`.")
+    freeze_batch_norm: bool = Field(
+        default=False,
+        description="Freeze BatchNorm, whose batch statistics would make the gradient depend on "
+        "the micro batch; `pretrained` does so too.",
+    )
     mean: tuple[float, float, float] = Field(
         default=(0.48145466, 0.4578275, 0.40821073), description="RGB mean of inputs in [0, 1]."
     )

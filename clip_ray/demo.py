@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from clip_ray import pipeline
@@ -13,7 +14,7 @@ from clip_ray.data.shapes import write_shapes
 from clip_ray.evaluation.report import Query, write_report
 from clip_ray.pipeline import Say
 from clip_ray.storage import Storage
-from clip_ray.training.loop import METRICS_KEY
+from clip_ray.training.run import METRICS_KEY
 
 SENTENCE = "a large red star at the top left"
 QUERIES = 12
@@ -41,7 +42,7 @@ def run_demo(config: Config, say: Say) -> dict[str, Any]:
     write_report(REPORT, config, log, results, queries)
     summary: dict[str, Any] = {name: round(value, 4) for name, value in metrics.items()}
     summary["zero_shot_acc1"] = round(results["zeroshot_classification"]["acc1"], 4)
-    summary["images_per_s"] = round(log[-1]["images_per_s"], 1)
+    summary["images_per_s"] = round(median(entry["images_per_s"] for entry in log), 1)
     summary["seconds"] = round(time.monotonic() - started, 1)
     summary |= {"storage": config.storage.root, "report": str(REPORT.resolve())}
     for name, value in summary.items():

@@ -44,13 +44,21 @@ def storage_session(config: StorageConfig) -> Iterator[Storage]:
     for name, value in _CHECKSUMS.items():
         os.environ.setdefault(name, value)
     storage = Storage(config.root)
-    if config.embedded_dir is None or os.environ.get("AWS_ENDPOINT_URL"):
+    folder = embedded_folder(config)
+    if folder is None:
         storage.check_bucket()
         yield storage
         return
-    with embedded_s3(Path(config.embedded_dir)) as environment, _environment(environment):
+    with embedded_s3(folder) as environment, _environment(environment):
         storage.create_bucket()
         yield storage
+
+
+def embedded_folder(config: StorageConfig) -> Path | None:
+    """Where the server that this program starts keeps its data; None if S3 is somewhere else."""
+    if config.embedded_dir is None or os.environ.get("AWS_ENDPOINT_URL"):
+        return None
+    return Path(config.embedded_dir)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from PIL import Image, UnidentifiedImageError
 
 from clip_ray.config import Config
 from clip_ray.data.prepare import is_prepared, prepare
-from clip_ray.embedded_s3 import storage_session
+from clip_ray.embedded_s3 import embedded_folder, storage_session
 from clip_ray.errors import RunError
 from clip_ray.evaluation.evaluate import evaluate
+from clip_ray.model.clip import check_model
 from clip_ray.model.pretrained import load_model
 from clip_ray.search.index import Hit, read_index
 from clip_ray.storage import Storage
@@ -32,6 +33,16 @@ def session(config: Config, say: Say, dashboard: bool = False) -> Iterator[None]
     with storage_session(config.storage), ray_session(config, dashboard):
         say(f"storage: {config.storage.root}")
         yield
+
+
+def check(config: Config) -> None:
+    """What can be known without a cluster: the model can be built, and storage answers.
+
+    Raises ConfigError or RunError.
+    """
+    check_model(config.model)
+    if embedded_folder(config.storage) is None:
+        Storage(config.storage.root).check_bucket()
 
 
 def prepare_data(config: Config, say: Say) -> None:

@@ -31,6 +31,7 @@ def clip_ray(*arguments: str, **environment: str) -> subprocess.CompletedProcess
         ("optim.lrr=1", "optim.lrr: unknown key; did you mean 'lr'?"),
         ("optim.lr=-1", "optim.lr is -1: input should be greater than 0"),
         ("train.global_batch=33", "cluster.num_workers (2) must divide it"),
+        ("model.image.timm_name=resnet5O", "timm cannot build it"),
     ],
 )
 def test_a_wrong_config_ends_with_2_and_one_report(override: str, said: str) -> None:
@@ -58,7 +59,7 @@ def test_config_prints_what_it_resolves_and_its_schema() -> None:
 
 def test_dry_run_starts_nothing(tmp_path: Path) -> None:
     place = f"storage.embedded_dir={tmp_path / 's3'}"
-    result = clip_ray("train", str(SHAPES_YAML), place, "--dry-run")
+    result = clip_ray("train", str(SHAPES_YAML), place, "--dry-run", AWS_ENDPOINT_URL="")
     assert result.returncode == 0
-    assert "the config is right" in result.stderr
+    assert "config, model and storage are right" in result.stderr
     assert list(tmp_path.iterdir()) == []

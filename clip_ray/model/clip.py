@@ -13,12 +13,18 @@ from clip_ray.model.towers import ImageTower, TextTower
 
 
 class CLIP(nn.Module):
-    """Images and texts to unit vectors of one space (Radford et al. 2021)."""
+    """Images and texts to unit vectors of one space (Radford et al. 2021).
+
+    `architecture` is a config that builds the same model, without weights, from nothing but itself.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int, temperature: float = 0.07) -> None:
         super().__init__()
         self.image = ImageTower(config.image)
         self.text = TextTower(config.text, vocab_size)
+        self.architecture = config.model_copy(
+            update={"image": self.image.architecture, "text": self.text.architecture}
+        )
         self.image_projection = nn.Linear(self.image.width, config.embed_dim, bias=False)
         self.text_projection = nn.Linear(self.text.width, config.embed_dim, bias=False)
         for projection in (self.image_projection, self.text_projection):
@@ -43,6 +49,20 @@ class CLIP(nn.Module):
         if token_ids is not None and token_lengths is not None:
             text_features = _unit(self.text_projection(self.text(token_ids, token_lengths)))
         return image_features, text_features, _wide(self.logit_scale).exp()
+
+
+def check_model(config: ModelConfig) -> None:
+    """Builds the model without memory and without its weights. Raises ConfigError."""
+    image = config.image.model_copy(
+        update={
+            "pretrained": False,
+            "weights": None,
+            "freeze_batch_norm": config.image.pretrained or config.image.freeze_batch_norm,
+        }
+    )
+    text = config.text.model_copy(update={"pretrained": False})
+    with torch.device("meta"):
+        CLIP(config.model_copy(update={"image": image, "text": text}), vocab_size=1)
 
 
 def _unit(features: Tensor) -> Tensor:

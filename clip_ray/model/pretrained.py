@@ -61,13 +61,19 @@ class PretrainedCLIP:
 
 
 def pack_weights(
-    tensors: Mapping[str, Tensor], config: ModelConfig, tokenizer: CaptionTokenizer, about: Any
+    tensors: Mapping[str, Tensor],
+    architecture: ModelConfig,
+    tokenizer: CaptionTokenizer,
+    about: Any,
 ) -> dict[str, bytes]:
-    """The files of a weights folder; `about` (step, metrics) is kept in the weights' header."""
+    """The files of a weights folder; `about` (step, metrics) is kept in the weights' header.
+
+    `architecture` is `CLIP.architecture`.
+    """
     header = {"tokenizer_sha256": tokenizer.sha256, "about": json.dumps(about)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     description = {
-        "model": config.model_dump(mode="json"),
+        "model": architecture.model_dump(mode="json"),
         "context_length": tokenizer.context_length,
         "vocab_size": tokenizer.vocab_size,
     }
@@ -107,16 +113,9 @@ def _load_folder(folder: Path, device: str | torch.device) -> PretrainedCLIP:
             f"{folder}: {WEIGHTS} was trained with tokenizer {metadata.get('tokenizer_sha256')}, "
             f"{TOKENIZER} is {tokenizer.sha256}"
         )
-    config = _without_pretrained(ModelConfig.model_validate(description["model"]))
+    config = ModelConfig.model_validate(description["model"])
     model = CLIP(config, description["vocab_size"])
     model.load_state_dict(tensors)
     loaded = PretrainedCLIP(model.to(device), tokenizer, config)
     loaded.metadata = metadata
     return loaded
-
-
-def _without_pretrained(config: ModelConfig) -> ModelConfig:
-    """The same architecture, without fetching the weights that training began with."""
-    image = config.image.model_copy(update={"pretrained": False, "weights": None})
-    text = config.text.model_copy(update={"pretrained": False})
-    return config.model_copy(update={"image": image, "text": text})

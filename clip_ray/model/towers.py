@@ -15,6 +15,7 @@ from clip_ray.config import ImageTowerConfig, TextTowerConfig
 from clip_ray.errors import ConfigError
 
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+NOT_ARCHITECTURE = {"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"}
 SIZED_FAMILIES = ("vit_", "deit", "swin", "beit", "eva", "mixer")
 
 
@@ -27,6 +28,14 @@ class ImageTower(nn.Module):
     def __init__(self, config: ImageTowerConfig) -> None:
         super().__init__()
         self.trunk = _build_trunk(config)
+        self.architecture = config.model_copy(
+            update={
+                "timm_name": _local_name(config.timm_name, self.trunk),
+                "pretrained": False,
+                "weights": None,
+                "freeze_batch_norm": config.pretrained or config.freeze_batch_norm,
+            }
+        )
         self.width = int(self.trunk.num_features)  # type: ignore[arg-type]
         shape = (1, 3, 1, 1)
         self.register_buffer("mean", torch.tensor(config.mean).view(shape) * 255, persistent=False)
@@ -45,6 +54,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextTowerConfig, vocab_size: int) -> None:
         super().__init__()
         self.encoder = _build_encoder(config, vocab_size)
+        self.architecture = _architecture(config, self.encoder.config)
         self.width = int(getattr(self.encoder.config, "hidden_size", 0) or self.encoder.config.dim)
         self.pooling = config.pooling
 
@@ -77,7 +87,7 @@ def _build_trunk(config: ImageTowerConfig) -> nn.Module:
             f"model.image.timm_name is {config.timm_name!r} with kwargs {kwargs}: timm cannot "
             f"build it: {error}"
         ) from None
-    if config.pretrained:
+    if config.pretrained or config.freeze_batch_norm:
         trunk = freeze_batch_norm_2d(trunk)
     _refuse_batch_statistics(trunk, config.timm_name)
     return trunk  # type: ignore[return-value]
@@ -89,24 +99,56 @@ def _refuse_batch_statistics(trunk: Any, name: str) -> None:
             raise ConfigError(
                 f"model.image.timm_name is {name!r}: its BatchNorm makes the gradient depend on "
                 "the micro batch; take a model with GroupNorm or LayerNorm (resnet50_gn), or "
-                "model.image.pretrained=true, which freezes it"
+                "model.image.pretrained=true or freeze_batch_norm=true, which freeze it"
             )
 
 
+def _local_name(name: str, trunk: nn.Module) -> str:
+    """The architecture behind a name that timm looks up elsewhere (hf-hub:, local-dir:)."""
+    description = getattr(trunk, "pretrained_cfg", None) or {}
+    return description.get("architecture") or name if ":" in name else name
+
+
 def _build_encoder(config: TextTowerConfig, vocab_size: int) -> Any:
-    if config.pretrained and config.name is not None:
-        return AutoModel.from_pretrained(config.name, dtype=torch.float32)
-    kwargs = {**config.kwargs, "vocab_size": vocab_size}
+    kwargs = {"vocab_size": vocab_size, **config.kwargs}
     try:
-        if config.name is not None:
-            architecture = AutoConfig.from_pretrained(config.name, **kwargs)
+        if config.pretrained and config.name is not None:
+            encoder: Any = AutoModel.from_pretrained(config.name, dtype=torch.float32)
+        elif config.name is not None:
+            encoder = AutoModel.from_config(AutoConfig.from_pretrained(config.name, **kwargs))
         else:
             # The ids of the tokenizer that is trained here.
             defaults = {"max_position_embeddings": config.context_length, **TOKEN_IDS}
             architecture = AutoConfig.for_model(config.model_type, **(defaults | kwargs))
-        return AutoModel.from_config(architecture)
+            encoder = AutoModel.from_config(architecture)
     except (KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"model.text ({config.name or config.model_type!r}) cannot be built by transformers: "
             f"{str(error).splitlines()[0]}"
         ) from None
+    _check_lengths(config, encoder.config, vocab_size)
+    return encoder
+
+
+def _check_lengths(config: TextTowerConfig, built: Any, vocab_size: int) -> None:
+    positions = getattr(built, "max_position_embeddings", config.context_length)
+    if positions < config.context_length:
+        raise ConfigError(
+            f"model.text.context_length is {config.context_length}: the text tower has only "
+            f"{positions} positions; take at most that many"
+        )
+    if built.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.text.tokenizer has {vocab_size} tokens: the text tower has only "
+            f"{built.vocab_size} embeddings; name the tokenizer that it was made with"
+        )
+
+
+def _architecture(config: TextTowerConfig, built: Any) -> TextTowerConfig:
+    """What builds the same encoder again, without the hub or the folder that it came from."""
+    fields = built.to_diff_dict()
+    kwargs = {k: v for k, v in fields.items() if k not in NOT_ARCHITECTURE}
+    resolved = {"model_type": built.model_type, "name": None, "pretrained": False}
+    return config.model_copy(
+        update={**resolved, "kwargs": {**kwargs, "vocab_size": built.vocab_size}}
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,10 @@ from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
 from clip_ray.training.checkpoint import Checkpoints, check_identity
-from clip_ray.training.loop import Trainer, make_order, run_identity
 from clip_ray.training.progress import Progress
+from clip_ray.training.run import TOKENIZER_KEY, make_order, run_identity
 
 POLL_S = 1.0
-TOKENIZER_KEY = "tokenizer.json"
 # What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
 FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
@@ -54,9 +54,10 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         # Readers get CPUs of their own beside the workers', or a small machine would never start.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
         wanted = config.cluster.num_workers * config.cluster.cpus_per_worker + 2
         arguments |= {
-            "num_cpus": max(os.cpu_count() or 1, int(wanted)),
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)),
             "include_dashboard": dashboard,
             "object_store_memory": 2**30,
         }
@@ -175,6 +176,9 @@ def _resume_step(config: Config) -> int:
 
 def _worker(loop_config: dict[str, Any]) -> None:
     """The function that Ray Train runs in each worker."""
+    # Here, so that the driver does not wait for DeepSpeed.
+    from clip_ray.training.loop import Trainer
+
     config = parse_config(loop_config["config"], origin="the run's config")
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     run = Storage(config.run_root)

@@ -11,8 +11,7 @@ import torch
 from clip_ray.collectives import barrier, broadcast_object, mean_over_ranks, rank
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config
-from clip_ray.data.order import Order
-from clip_ray.data.shards import Manifest, read_manifest
+from clip_ray.data.shards import read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.model.clip import CLIP
 from clip_ray.model.pretrained import pack_weights
@@ -20,31 +19,11 @@ from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
 from clip_ray.training.context import WorkerContext
 from clip_ray.training.engine import Engine, StepResult
+from clip_ray.training.run import METRICS_KEY, make_order, run_identity
 from clip_ray.training.schedule import learning_rate
 from clip_ray.training.validation import Validation
 
-METRICS_KEY = "metrics.jsonl"
 INPUTS = ("images", "token_ids", "token_lengths")
-
-
-def make_order(config: Config, manifest: Manifest) -> Order:
-    """The order of the train split."""
-    return Order(config.seed, manifest.rows("train"), config.train.global_batch)
-
-
-def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer) -> dict[str, str]:
-    """What must stay as it is from one attempt of a run to the next."""
-    model = config.model.model_dump_json(exclude={"preset"})
-    return {
-        "seed": str(config.seed),
-        "model": model,
-        "loss": config.loss.model_dump_json(),
-        "optim": config.optim.model_dump_json(),
-        "train.epochs": str(config.train.epochs),
-        "train.global_batch": str(config.train.global_batch),
-        "data": manifest.source_sha256,
-        "tokenizer": tokenizer.sha256,
-    }
 
 
 class Trainer:
@@ -60,6 +39,7 @@ class Trainer:
         self.order = make_order(config, self.manifest)
         self.total_steps = self.order.steps_per_epoch * config.train.epochs
         model = CLIP(config.model, tokenizer.vocab_size, config.loss.temperature)
+        self.architecture = model.architecture
         self.engine = Engine(model, config)
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
@@ -68,7 +48,8 @@ class Trainer:
     def train(self) -> None:
         """Runs from the newest checkpoint to the last step."""
         units = self.context.units()
-        started = time.monotonic()
+        self._clock = self.start_step, time.monotonic()
+        self._started = self._clock
         for step in range(self.start_step, self.total_steps):
             unit = next(units)
             batch = {name: torch.from_numpy(unit[name]).to(self.engine.device) for name in INPUTS}
@@ -77,12 +58,14 @@ class Trainer:
             done = step + 1
             ends_epoch = done % self.order.steps_per_epoch == 0
             if done % self.config.logging.every_steps == 0 or ends_epoch or done == 1:
-                self._log_step(done, result, lr, time.monotonic() - started)
+                self._log_step(done, result, lr)
             if ends_epoch:
                 self._end_epoch(done)
 
-    def _log_step(self, step: int, result: StepResult, lr: float, seconds: float) -> None:
-        images = (step - self.start_step) * self.config.train.global_batch
+    def _log_step(self, step: int, result: StepResult, lr: float) -> None:
+        last_step, last_time = self._clock
+        self._clock = step, time.monotonic()
+        step_s = (self._clock[1] - last_time) / (step - last_step)
         entry = {
             "step": step,
             "epoch": step / self.order.steps_per_epoch,
@@ -90,18 +73,24 @@ class Trainer:
             "scale": float(result.scale),
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "images_per_s": images / seconds,
+            "images_per_s": self.config.train.global_batch / step_s,
         }
         self.log.append(entry)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
         if rank() == 0:
-            self.context.progress(entry | {"total_steps": self.total_steps})
+            (first_step, first_time), (step, now) = self._started, self._clock
+            left_s = (self.total_steps - step) * (now - first_time) / (step - first_step)
+            self.context.progress(
+                self.log[-1] | {"total_steps": self.total_steps, "left_s": left_s}
+            )
 
     def _end_epoch(self, step: int) -> None:
         epoch = step // self.order.steps_per_epoch
         metrics = self.validation(self.engine)
         self.log[-1] = self.log[-1] | metrics
-        if rank() == 0:
-            self.context.progress(self.log[-1] | {"total_steps": self.total_steps})
+        self._show_progress()
         if epoch % self.config.checkpoint.every_epochs == 0 or step == self.total_steps:
             self._checkpoint(step, epoch, metrics)
         self.context.report({"step": step, "epoch": epoch, "loss": self.log[-1]["loss"], **metrics})
@@ -120,7 +109,7 @@ class Trainer:
         barrier()
 
     def _write_weights(self, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-        files = pack_weights(weights, self.config.model, self.tokenizer, about)
+        files = pack_weights(weights, self.architecture, self.tokenizer, about)
         for name, data in files.items():
             self.run.write_bytes(f"weights/{name}", data)
 

@@ -18,7 +18,7 @@ class Progress:
         self._last_line_at = 0.0
 
     def show(self, state: dict[str, Any]) -> None:
-        """`state`: a log entry of the loop, with total_steps."""
+        """`state`: a log entry of the loop, with total_steps and left_s."""
         if sys.stderr.isatty():
             self._show_bar(state)
             return
@@ -40,6 +40,7 @@ class Progress:
     def _show_bar(self, state: dict[str, Any]) -> None:
         if self._bar is None:
             self._bar = tqdm(total=state["total_steps"], desc="train", unit="step")
+            self._bar.initial = state["step"] - 1
         self._bar.n = state["step"]
         self._bar.set_postfix_str(f"{state['images_per_s']:.0f} images/s, loss {state['loss']:.3f}")
 
@@ -50,5 +51,6 @@ def _line(state: dict[str, Any]) -> str:
     validated = "" if recall is None else f", val text→image R@1 {recall:.1%}"
     return (
         f"train: step {step}/{total}, epoch {state['epoch']:.1f}, loss {state['loss']:.3f}, "
-        f"scale {state['scale']:.1f}, {state['images_per_s']:.0f} images/s{validated}"
+        f"scale {state['scale']:.1f}, {state['images_per_s']:.0f} images/s{validated}, "
+        f"{tqdm.format_interval(state['left_s'])} left"
     )

@@ -1,0 +1,112 @@
+"""Towers by name: every preset, towers that start from weights, and those that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from test_pretrained import packed, write
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
+
+from clip_ray import load_model
+from clip_ray.config import ModelConfig
+from clip_ray.config_file import merge
+from clip_ray.errors import ConfigError
+from clip_ray.model.clip import CLIP
+from clip_ray.presets import MODEL_PRESETS
+
+CAPTIONS = ["red star", "blue ring"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("shapes-tiny", 1), ("resnet50-distilbert", 91), ("vit-b-16", 150), ("vit-b-32", 151)],
+)
+def test_presets_build_at_their_size_and_without_dropout(preset: str, millions: int) -> None:
+    config = ModelConfig.model_validate(MODEL_PRESETS[preset])
+    with torch.device("meta"):
+        model = CLIP(config, config.text.vocab_size)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert round(count) == millions
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    assert set(dropouts) <= {0.0}
+    assert model.text.encoder.config.to_dict().get("attention_dropout", 0.0) == 0.0
+
+
+def test_towers_start_from_local_weights_and_load_without_them(tmp_path: Path) -> None:
+    config = ModelConfig.model_validate(
+        {
+            "embed_dim": 16,
+            "image": {"timm_name": "resnet10t", "size": 64, "pretrained": True,
+                      "weights": str(timm_weights(tmp_path / "resnet.pth"))},
+            "text": {"name": str(distilbert(tmp_path / "bert")), "pretrained": True,
+                     "tokenizer": str(tmp_path / "bert"), "pooling": "first",
+                     "context_length": 16},
+        }
+    )  # fmt: skip
+    model, tokenizer, files = packed(config)
+    stored = torch.load(tmp_path / "resnet.pth")
+    assert torch.equal(model.image.trunk.state_dict()["layer1.0.conv1.weight"],
+                       stored["layer1.0.conv1.weight"])  # fmt: skip
+    assert any(type(m).__name__ == "FrozenBatchNorm2d" for m in model.image.modules())
+    bert = DistilBertModel.from_pretrained(tmp_path / "bert")
+    assert all(
+        torch.equal(tensor, model.text.encoder.state_dict()[name])
+        for name, tensor in bert.state_dict().items()
+    )
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    write(folder, files)
+    for origin in (*(tmp_path / "bert").iterdir(), tmp_path / "resnet.pth"):
+        origin.unlink()
+    loaded = load_model(folder, device="cpu")
+    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    ids, lengths = map(torch.from_numpy, tokenizer(CAPTIONS))
+    with torch.no_grad():
+        expected_images, expected_texts, _ = model(images, ids, lengths)
+    assert torch.equal(loaded.encode_image(images), expected_images)
+    assert torch.equal(loaded.encode_text(CAPTIONS), expected_texts)
+
+
+def timm_weights(path: Path) -> Path:
+    torch.manual_seed(1)
+    torch.save(timm.create_model("resnet10t").state_dict(), path)
+    return path
+
+
+def distilbert(folder: Path) -> Path:
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "red", "star", "blue", "ring"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+    config = DistilBertConfig(
+        vocab_size=len(words), dim=32, hidden_dim=64, n_layers=1, n_heads=2,
+        max_position_embeddings=16, dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    DistilBertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"image": {"timm_name": "resnet50", "kwargs": {}}}, "BatchNorm makes the gradient depend"),
+        ({"image": {"timm_name": "resnet5O_gn", "kwargs": {}}}, "timm cannot build it"),
+        ({"text": {"model_type": "no_such_model"}}, "cannot be built by transformers"),
+        ({"text": {"kwargs": {"max_position_embeddings": 8}}}, "has only 8 positions"),
+        ({"text": {"kwargs": {"vocab_size": 100}}}, "has only 100 embeddings"),
+    ],
+)
+def test_what_cannot_be_built_is_said_with_field_and_fix(over: Any, said: str) -> None:
+    tree = merge(MODEL_PRESETS["shapes-tiny"], over)
+    if "image" in over:
+        tree["image"]["kwargs"] = {}
+    with pytest.raises(ConfigError, match=said):
+        CLIP(ModelConfig.model_validate(tree), vocab_size=300)
