@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint lock clean
+.PHONY: help install demo test lint golden lock clean
 
 help: ## Print the targets
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -27,6 +27,9 @@ lint: install ## Check style and types
 
 test: lint ## Check style and types, then run the tests
 	@$(BIN)/python -m pytest
+
+golden: install ## Write the expected config and help texts anew, to be read in the diff
+	@CLIP_RAY_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
 
 lock: ## Pin what is installed in .venv
 	@{ head -1 requirements.lock; $(BIN)/pip freeze --exclude-editable; } > requirements.lock.new

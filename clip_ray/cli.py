@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,43 +19,62 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Train CLIP on Flickr30k with Ray and DeepSpeed.",
 )
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Fields laid over it: optim.lr=1e-3 train.epochs=5")
 ]
-DryRun = Annotated[bool, typer.Option(help="Check everything, start nothing.")]
+INTERRUPTED = 130
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, start nothing.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line. Exit code 2: the config is wrong; 1: the run failed."""
+    """Runs the command line.
+
+    Exit code 2: the config is wrong; 1: the run failed; 130: interrupted by SIGINT or SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     try:
-        app([argument for argument in arguments if argument != "--debug"])
+        app([a for a in arguments if a != "--debug"], prog_name="clip-ray")
     except ConfigError as error:
         _fail(error, 2, debug)
-    except KeyboardInterrupt as error:
-        _fail(
-            InterruptedError("interrupted; the same command goes on from here"), 130, debug, error
-        )
+    except SystemExit as error:
+        if error.code == INTERRUPTED:  # typer's answer to a KeyboardInterrupt
+            _say("interrupted; the same command goes on from the last checkpoint")
+        raise
     except Exception as error:  # the user gets one line, not a traceback
         _fail(error, 1, debug)
 
 
-@app.command()
-def config(
-    path: ConfigPath,
-    overrides: Overrides = None,
-    schema: Annotated[bool, typer.Option(help="Print the JSON schema of all fields.")] = False,
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Print the resolved config.
+    """Train CLIP on Flickr30k with Ray and DeepSpeed."""
 
-    Example: clip-ray config jobs/configs/shapes.yaml optim.lr=1e-3
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where raw data and storage lie.")] = Path(
+        ".clip-ray"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Run the whole way on the embedded data set; the last line printed is its result as JSON.
+
+    Example: clip-ray demo
     """
-    resolved = load_config(path, overrides or ())
-    print(json.dumps(Config.model_json_schema(), indent=2) if schema else dump_config(resolved))
+    places = [
+        f"storage.embedded_dir={folder / 's3'}",
+        f"data.source={folder / 'raw' / 'shapes'}",
+        f"data.zero_shot_source={folder / 'raw' / 'shapes' / 'zero-shot'}",
+    ]
+    resolved = load_config(demo_config_path(), [*places, *(overrides or ())])
+    from clip_ray.demo import run_demo
+
+    print(json.dumps(run_demo(resolved, _say)))
 
 
 @app.command()
@@ -161,25 +181,19 @@ def search(
 
 
 @app.command()
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where raw data and storage lie.")] = Path(
-        ".clip-ray"
-    ),
+def config(
+    path: ConfigPath,
     overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print all fields as JSON schema.")
+    ] = False,
 ) -> None:
-    """Run the whole way on the embedded data set; the last line printed is its result as JSON.
+    """Print the resolved config.
 
-    Example: clip-ray demo
+    Example: clip-ray config jobs/configs/shapes.yaml optim.lr=1e-3
     """
-    places = [
-        f"storage.embedded_dir={folder / 's3'}",
-        f"data.source={folder / 'raw' / 'shapes'}",
-        f"data.zero_shot_source={folder / 'raw' / 'shapes' / 'zero-shot'}",
-    ]
-    resolved = load_config(demo_config_path(), [*places, *(overrides or ())])
-    from clip_ray.demo import run_demo
-
-    print(json.dumps(run_demo(resolved, _say)))
+    resolved = load_config(path, overrides or ())
+    print(json.dumps(Config.model_json_schema(), indent=2) if schema else dump_config(resolved))
 
 
 def demo_config_path() -> Path:
@@ -193,9 +207,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _fail(error: BaseException, code: int, debug: bool, cause: BaseException | None = None) -> None:
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(error: BaseException, code: int, debug: bool) -> None:
     if debug:
-        raise cause or error
+        raise error
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.exit(code)

@@ -40,7 +40,7 @@ def test_sigint_leaves_no_process_and_a_resumable_run(small_config: Config, tmp_
     driver.send_signal(signal.SIGINT)
     _, said = driver.communicate(timeout=60)
     assert driver.returncode == 130
-    assert "interrupted; the same command goes on from here" in said
+    assert "interrupted; the same command goes on from the last checkpoint" in said
     assert "Traceback" not in said
     assert processes_with(mark, timeout_s=20) == []
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)

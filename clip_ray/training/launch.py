@@ -165,6 +165,8 @@ def _fit(
         )
         try:
             trainer.fit()
+        except SystemExit:  # how Ray Train ends on SIGINT, its workers stopped
+            raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise RunError(f"training failed: {_root_cause(error)}") from error
 
