@@ -15,6 +15,11 @@ from clip_ray.config import Config
 from clip_ray.config_file import dump_config
 
 _WIDTH, _HEIGHT = 460, 180
+_CURVES = {
+    "loss": "loss",
+    "exp(logit_scale)": "scale",
+    "text→image R@1 on val": "image_retrieval_recall@1",
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ def write_report(
     page = environment.from_string(template).render(
         config=config,
         config_yaml=dump_config(config),
-        curves=[_curve("loss", log), _curve("scale", log), _curve("image_retrieval_recall@1", log)],
+        curves=[_curve(title, field, log) for title, field in _CURVES.items()],
         width=_WIDTH,
         height=_HEIGHT,
         results=results,
@@ -49,7 +54,7 @@ def write_report(
     path.write_text(page, encoding="utf-8")
 
 
-def _curve(field: str, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _curve(title: str, field: str, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A polyline of `field` over the steps, scaled into the picture, its extremes as labels."""
     points = [(entry["step"], entry[field]) for entry in log if field in entry]
     steps, values = [p[0] for p in points] or [0], [p[1] for p in points] or [0]
@@ -60,7 +65,7 @@ def _curve(field: str, log: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for step, value in points
     )
     return {
-        "name": field,
+        "name": title,
         "line": line,
         "low": low,
         "high": high,
