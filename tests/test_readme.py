@@ -1,0 +1,43 @@
+"""What the README says is there: its configs load, its commands and files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from clip_ray.cli import app
+from clip_ray.config_file import load_config, parse_config
+from clip_ray.tuning.space import load_space
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_example_config_is_right() -> None:
+    (block,) = [block for block in BLOCKS if block.startswith("name: flickr30k")]
+    config = parse_config(yaml.safe_load(block), origin="README")
+    assert config.model.image.timm_name == "resnet50_gn"
+
+
+def test_the_example_space_is_right(tmp_path: Path) -> None:
+    (block,) = [block for block in BLOCKS if block.startswith("loss.temperature:")]
+    (tmp_path / "space.yaml").write_text(block)
+    assert load_space(tmp_path / "space.yaml", load_config(ROOT / "jobs/configs/shapes.yaml"))
+
+
+def test_every_command_and_target_exists() -> None:
+    commands = {
+        command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    assert set(re.findall(r"clip-ray (\w+)", README)) - {"is"} <= commands
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
+
+
+def test_every_path_exists() -> None:
+    named = re.findall(r"(?:clip_ray|jobs|tests|tune_spaces|\.assets)/[\w./]*\w", README)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert missing == []
