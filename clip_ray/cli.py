@@ -94,6 +94,34 @@ def prepare(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fal
 
 
 @app.command()
+def quarantine(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="Try again what is listed, after a repair.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """List the records that prepare could not use, each with its reason.
+
+    Example: clip-ray quarantine jobs/configs/shapes.yaml
+    """
+    resolved = load_config(path, overrides or ())
+    from clip_ray import pipeline
+    from clip_ray.embedded_s3 import storage_session
+
+    if requeue:
+        with pipeline.session(resolved, _say):
+            pipeline.requeue_data(resolved, _say)
+    with storage_session(resolved.storage):
+        entries = pipeline.quarantine(resolved)
+    for entry in entries:
+        line = f"{entry.name}  {entry.split or '-'}  {entry.reason}: {entry.detail}"
+        print(entry.model_dump_json() if as_json else line)
+    _say(f"quarantine: {len(entries)} records")
+
+
+@app.command()
 def train(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train the run, or resume it from its newest checkpoint.
 

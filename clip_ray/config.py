@@ -7,8 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+
+
+Layout = Literal[
+    "auto", "original", "huggingface", "kaggle", "karpathy", "csv", "jsonl", "webdataset"
+]
 
 
 class Section(BaseModel):
@@ -37,7 +43,32 @@ class DataConfig(Section):
     name: Name = Field(description="Name of the prepared data set under storage.root/data.")
     source: str | None = Field(
         default=None,
-        description="Raw Flickr30k folder: images, results_20130124.token, dataset_flickr30k.json.",
+        description="Raw data: a folder, .zip, .tar or .tar.gz, local or s3://, with images and "
+        "annotations in it; archives within a folder are opened too.",
+    )
+    layout: Layout = Field(
+        default="auto", description="How the annotations are laid out; auto looks what is there."
+    )
+    val_share: Share = Field(
+        default=0.03, description="Share of val where neither layout nor Karpathy's JSON splits."
+    )
+    test_share: Share = Field(default=0.03, description="The same for test.")
+    split_seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Seed of that split: a pure function of it and the file's name."
+    )
+    shorter_side: Positive | None = Field(
+        default=256,
+        description="Larger train images are shrunk to this shorter side; null keeps them. Val and "
+        "test images keep their bytes.",
+    )
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=95, description="Of train images that are encoded again."
+    )
+    max_pixels: Positive = Field(
+        default=2**26, description="Images with more pixels are quarantined, not decoded."
+    )
+    max_quarantined_share: Share = Field(
+        default=0.01, description="Above this share of unusable records prepare fails."
     )
     zero_shot_source: str | None = Field(
         default=None,

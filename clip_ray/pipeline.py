@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from clip_ray.config import Config
-from clip_ray.data.prepare import is_prepared, prepare
+from clip_ray.data.prepare import is_prepared, prepare, requeue
+from clip_ray.data.shards import Quarantined, read_quarantine
 from clip_ray.embedded_s3 import embedded_folder, storage_session
 from clip_ray.errors import RunError
 from clip_ray.evaluation.evaluate import evaluate
@@ -53,7 +54,22 @@ def prepare_data(config: Config, say: Say) -> None:
         return
     manifest = prepare(config.data, storage, say)
     counts = ", ".join(f"{manifest.rows(split)} {split}" for split in manifest.splits)
-    say(f"prepare: {counts}; {len(manifest.rejected)} rejected, {len(manifest.left_out)} left out")
+    say(
+        f"prepare: {counts}; {manifest.quarantined} quarantined, {len(manifest.left_out)} without "
+        f"a split left out (layout {manifest.layout})"
+    )
+
+
+def quarantine(config: Config) -> list[Quarantined]:
+    """What the prepared data set could not use."""
+    return read_quarantine(Storage(config.data_root))
+
+
+def requeue_data(config: Config, say: Say) -> None:
+    """Tries the quarantine again, after a repair of the source."""
+    before = len(quarantine(config))
+    manifest = requeue(config.data, Storage(config.data_root), say)
+    say(f"quarantine: {before} before, {manifest.quarantined} now")
 
 
 def train_model(config: Config, say: Say) -> None:

@@ -64,10 +64,10 @@ class Storage:
         """Puts `value` as indented JSON."""
         self.write_bytes(key, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
-    def upload(self, path: Path, key: str) -> None:
-        """Puts a local file, in parts where it is large."""
+    def upload_stream(self, stream: Any, key: str) -> None:
+        """Puts what a binary `stream` has, in parts, without holding it whole."""
         with self._errors_named(key):
-            _client().upload_file(str(path), self.bucket, self._key(key))
+            _client().upload_fileobj(stream, self.bucket, self._key(key))
 
     def download(self, key: str, path: Path) -> None:
         """Writes the object to a local file, its folders made."""
@@ -88,6 +88,10 @@ class Storage:
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         """The keys that start with `prefix`, in order."""
+        return (key for key, _ in self.sizes(prefix))
+
+    def sizes(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """The keys that start with `prefix`, in order, each with its size in bytes."""
         start = f"{self.prefix}/" if self.prefix else ""
         with self._errors_named(prefix):
             pages = (
@@ -97,7 +101,7 @@ class Storage:
             )
             for page in pages:
                 for item in page.get("Contents", []):
-                    yield item["Key"].removeprefix(start)
+                    yield item["Key"].removeprefix(start), item["Size"]
 
     def delete(self, key: str) -> None:
         """Removes the object; one that is not there is no error."""

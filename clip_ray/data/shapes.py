@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clip_ray.data.flickr30k import IMAGE_FOLDERS, KARPATHY_FILE, TOKEN_FILE
+from clip_ray.data.layouts import KARPATHY_FILE, TOKEN_FILES
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "bar")
 COLOURS = {
@@ -29,6 +29,7 @@ PLACES = (
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 SIZES = {"small": 0.27, "large": 0.45}  # radius, as a share of a place's width
+IMAGE_FOLDER = "flickr30k-images"
 CAPTIONS_PER_IMAGE = 5
 _PIXELS = 72
 _OVERSAMPLING = 3
@@ -69,7 +70,7 @@ def write_shapes(folder: Path, spec: ShapesSpec | None = None) -> bool:
     marker, wanted = folder / "shapes.json", json.dumps(asdict(spec))
     if marker.exists() and marker.read_text() == wanted:
         return False
-    images = folder / IMAGE_FOLDERS[0]
+    images = folder / IMAGE_FOLDER
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(spec.seed)
     splits = ["train"] * spec.train + ["val"] * spec.val + ["test"] * spec.test
@@ -85,7 +86,7 @@ def write_shapes(folder: Path, spec: ShapesSpec | None = None) -> bool:
         lines += [f"{filename}#{i}\t{caption}\n" for i, caption in enumerate(captions)]
         entries.append(_karpathy_entry(imgid, filename, split, captions))
     _write_zero_shot(folder / "zero-shot", spec.zero_shot_per_class, rng)
-    (folder / TOKEN_FILE).write_text("".join(lines), encoding="utf-8")
+    (folder / TOKEN_FILES[0]).write_text("".join(lines), encoding="utf-8")
     karpathy = {"images": entries, "dataset": "flickr30k"}
     (folder / KARPATHY_FILE).write_text(json.dumps(karpathy), encoding="utf-8")
     marker.write_text(wanted)

@@ -11,6 +11,8 @@ Columns of a shard:
 from __future__ import annotations
 
 import bisect
+import hashlib
+import io
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_KEY = "manifest.json"
+QUARANTINE_KEY = "quarantine.parquet"
 SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -35,12 +38,21 @@ SCHEMA = pa.schema(
     ]
 )
 
+QUARANTINE_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("name", "split", "reason", "detail", "sha256")]
+)
 
-class Rejected(BaseModel):
-    """An image that could not be used, and why."""
 
-    filename: str
+class Quarantined(BaseModel):
+    """A record that could not be used, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str  # the image's file name, or FILE:LINE of an annotation
+    split: str | None
     reason: str
+    detail: str
+    sha256: str | None  # of the image's bytes, where there are any
 
 
 class Shard(BaseModel):
@@ -55,15 +67,28 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a prepared data set holds. It is written last: without it there is no data set."""
+    """What a prepared data set holds. It is written last: without it there is no data set.
+
+    `records` = all rows + quarantined + left_out, the images that have no split.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     schema_version: int
-    source_sha256: str
-    splits: dict[str, list[Shard]]
-    rejected: list[Rejected]
+    layout: str
+    fingerprint: str  # of the source and of the settings that decide what the shards hold
+    config: dict[str, Any]
+    records: int
+    quarantined: int
     left_out: list[str]
+    repaired: list[str]
+    splits: dict[str, list[Shard]]
+
+    @property
+    def sha256(self) -> str:
+        """Of all that the shards hold."""
+        parts = [f"{split} {s.sha256}" for split, shards in self.splits.items() for s in shards]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def rows(self, split: str) -> int:
         """Samples in `split`."""
@@ -84,6 +109,20 @@ def read_manifest(storage: Storage) -> Manifest:
             f"program reads {SCHEMA_VERSION}; prepare the data again under another data.name"
         )
     return manifest
+
+
+def write_quarantine(storage: Storage, entries: Sequence[Quarantined]) -> None:
+    """Puts the table of what could not be used."""
+    buffer = io.BytesIO()
+    rows = [entry.model_dump() for entry in entries]
+    pq.write_table(pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA), buffer)
+    storage.write_bytes(QUARANTINE_KEY, buffer.getvalue())
+
+
+def read_quarantine(storage: Storage) -> list[Quarantined]:
+    """What could not be used, as it was found. Raises RunError where there is no table."""
+    table = pq.read_table(io.BytesIO(storage.read_bytes(QUARANTINE_KEY)))
+    return [Quarantined.model_validate(row) for row in table.to_pylist()]
 
 
 class ShardReader:

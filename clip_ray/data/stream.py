@@ -16,10 +16,11 @@ import ray.data
 from numpy.typing import NDArray
 
 from clip_ray.config import DataConfig
+from clip_ray.data.images import decode_rgb
 from clip_ray.data.order import Order
 from clip_ray.data.shards import Manifest, ShardReader
 from clip_ray.data.tokenizer import CaptionTokenizer
-from clip_ray.data.transforms import decode_rgb, random_resized_crop
+from clip_ray.data.transforms import random_resized_crop
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage
 

@@ -1,8 +1,7 @@
-"""From JPEG bytes to the uint8 square that a tower sees. No torch: it runs in reader tasks."""
+"""From an image to the uint8 square that a tower sees. No torch: it runs in reader tasks."""
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -10,12 +9,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8]
-
-
-def decode_rgb(data: bytes) -> Image.Image:
-    """The whole image, decoded, as RGB. Raises what Pillow raises on bytes that are no image."""
-    with Image.open(io.BytesIO(data)) as image:
-        return image.convert("RGB")
 
 
 def random_resized_crop(

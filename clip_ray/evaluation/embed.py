@@ -10,8 +10,8 @@ import ray.data
 import torch
 from torch import Tensor
 
+from clip_ray.data.images import decode_rgb
 from clip_ray.data.shards import Shard
-from clip_ray.data.transforms import decode_rgb
 from clip_ray.model.pretrained import PretrainedCLIP, load_model
 from clip_ray.storage import Storage, arrow_filesystem
 

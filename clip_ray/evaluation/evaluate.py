@@ -7,6 +7,7 @@ import math
 import torch
 
 from clip_ray.config import Config
+from clip_ray.data.records import ZERO_SHOT_SPLIT
 from clip_ray.data.shards import Manifest, read_manifest
 from clip_ray.errors import RunError
 from clip_ray.evaluation.embed import embed_split
@@ -15,8 +16,6 @@ from clip_ray.evaluation.zero_shot import class_features, zero_shot_metrics
 from clip_ray.model.pretrained import load_model
 from clip_ray.search.index import write_index
 from clip_ray.storage import Storage
-
-ZERO_SHOT_SPLIT = "zero_shot"
 
 
 def evaluate(config: Config) -> dict[str, dict[str, float]]:

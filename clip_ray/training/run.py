@@ -26,6 +26,6 @@ def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer
         "optim": config.optim.model_dump_json(),
         "train.epochs": str(config.train.epochs),
         "train.global_batch": str(config.train.global_batch),
-        "data": manifest.source_sha256,
+        "data": manifest.sha256,
         "tokenizer": tokenizer.sha256,
     }

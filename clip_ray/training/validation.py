@@ -11,9 +11,10 @@ from torch import Tensor
 
 from clip_ray.collectives import gather_rows, rank, world_size
 from clip_ray.config import Config
+from clip_ray.data.images import decode_rgb
 from clip_ray.data.shards import Manifest, ShardReader, read_column
 from clip_ray.data.tokenizer import CaptionTokenizer
-from clip_ray.data.transforms import center_crop, decode_rgb
+from clip_ray.data.transforms import center_crop
 from clip_ray.evaluation.retrieval import retrieval_metrics
 from clip_ray.storage import Storage
 from clip_ray.training.engine import Engine

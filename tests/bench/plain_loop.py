@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,10 @@ from torch import Tensor
 from clip_ray.cli import demo_config_path
 from clip_ray.config import Config
 from clip_ray.config_file import load_config
-from clip_ray.data.flickr30k import Record, read_flickr30k
+from clip_ray.data.images import decode_rgb
 from clip_ray.data.shapes import write_shapes
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
-from clip_ray.data.transforms import center_crop, decode_rgb, random_resized_crop
+from clip_ray.data.transforms import center_crop, random_resized_crop
 from clip_ray.loss.reference import info_nce_reference
 from clip_ray.model.clip import CLIP
 
@@ -38,7 +39,7 @@ def main() -> None:
     config = load_config(demo_config_path(), arguments.overrides)
     write_shapes(arguments.data)
     started = time.monotonic()
-    splits, _ = read_flickr30k(arguments.data)
+    splits = read_splits(arguments.data)
     captions = (caption for record in splits["train"] for caption in record.captions)
     tokenizer = make_tokenizer(config.model.text, captions)
     model = train(config, splits["train"], tokenizer)
@@ -50,10 +51,25 @@ def main() -> None:
         print(json.dumps(result))
 
 
+@dataclass
+class Record:
+    path: Path
+    captions: list[str]
+
+
+def read_splits(folder: Path) -> dict[str, list[Record]]:
+    splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
+    for image in json.loads((folder / "dataset_flickr30k.json").read_text())["images"]:
+        captions = [sentence["raw"] for sentence in image["sentences"]]
+        path = folder / "flickr30k-images" / image["filename"]
+        splits[image["split"]].append(Record(path, captions))
+    return splits
+
+
 def train(config: Config, records: list[Record], tokenizer: CaptionTokenizer) -> CLIP:
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
-    images = [decode_rgb(Path(record.path).read_bytes()) for record in records]
+    images = [decode_rgb(record.path.read_bytes()) for record in records]
     model = CLIP(config.model, tokenizer.vocab_size, config.loss.temperature)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
@@ -114,9 +130,7 @@ def features(
 def recall_at_1(
     config: Config, model: CLIP, records: list[Record], tokenizer: CaptionTokenizer
 ) -> dict[str, float]:
-    crops = [
-        center_crop(decode_rgb(Path(r.path).read_bytes()), config.model.image.size) for r in records
-    ]
+    crops = [center_crop(decode_rgb(r.path.read_bytes()), config.model.image.size) for r in records]
     texts = [caption for record in records for caption in record.captions]
     images, sentences, _ = features(model, np.stack(crops), texts, tokenizer)
     scores = sentences @ images.T

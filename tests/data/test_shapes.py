@@ -3,26 +3,31 @@
 import json
 from pathlib import Path
 
-from clip_ray.data.flickr30k import read_class_folders, read_flickr30k
+from clip_ray.config import DataConfig
+from clip_ray.data.records import read_class_folders, read_raw
 from clip_ray.data.shapes import ShapesSpec, write_shapes
+from clip_ray.storage import Storage
 
 SPEC = ShapesSpec(train=60, val=10, test=20, zero_shot_per_class=1, seed=5)
 
 
 def test_layout_is_read_as_flickr30k(tmp_path: Path) -> None:
     assert write_shapes(tmp_path, SPEC)
-    splits, left_out = read_flickr30k(tmp_path)
-    assert {name: len(records) for name, records in splits.items()} == {
+    zero_shot = tmp_path / "zero-shot"
+    config = DataConfig(name="x", source=str(tmp_path), zero_shot_source=str(zero_shot))
+    raw = read_raw(config, Storage("s3://unused"))
+    assert {name: len(records) for name, records in raw.splits.items()} == {
         "train": 60,
         "val": 10,
         "test": 20,
+        "zero_shot": 64,
     }
-    assert left_out == []
-    for records in splits.values():
-        for record in records:
-            assert Path(record.path).exists()
+    assert (raw.left_out, raw.quarantined, raw.layout) == ([], [], "original")
+    for split in ("train", "val", "test"):
+        for record in raw.splits[split]:
+            assert Path(record.image.container).exists()
             assert len(set(record.captions)) == 5
-    assert len(read_class_folders(tmp_path / "zero-shot")) == 64
+    assert len(read_class_folders(str(zero_shot))) == 64
 
 
 def test_same_seed_same_bytes_and_a_second_call_writes_nothing(tmp_path: Path) -> None:

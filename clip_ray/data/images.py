@@ -1,0 +1,96 @@
+"""Image bytes to upright RGB, with a defined result for every mode, or a reason why not.
+
+No torch: it runs in reader tasks.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Our own limit, with a reason, stands in for Pillow's warning.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class BadImage(ValueError):
+    """Bytes that cannot be used; `reason` is one of a few words, the message has the detail."""
+
+    def __init__(self, reason: str, detail: object) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, str(detail)
+
+
+def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """The whole image, upright and RGB.
+
+    The first frame of an animation; transparency over white; 16 bits cut to 8. Raises BadImage:
+    `empty`, `not an image`, `too large`, `damaged`.
+    """
+    if not data:
+        raise BadImage("empty", "0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise BadImage("not an image", str(error).split(" <")[0]) from None
+    pixels = image.width * image.height
+    if max_pixels is not None and pixels > max_pixels:
+        raise BadImage("too large", f"{image.width}×{image.height}, above {max_pixels} pixels")
+    try:
+        return _rgb(_upright(image))
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+        raise BadImage("damaged", f"{type(error).__name__}: {error}") from None
+
+
+def smaller_jpeg(data: bytes, image: Image.Image, shorter_side: int | None, quality: int) -> bytes:
+    """`image` (that `data` decodes to) with its shorter side at most `shorter_side`, as JPEG.
+
+    An upright RGB JPEG that is small enough keeps its bytes.
+    """
+    shrink = shorter_side is not None and min(image.size) > shorter_side
+    if not shrink and _is_plain_jpeg(data):
+        return data
+    if shrink and shorter_side is not None:
+        scale = shorter_side / min(image.size)
+        width, height = (max(shorter_side, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    with Image.open(io.BytesIO(data)) as image:
+        orientation = image.getexif().get(0x0112, 1)
+        return image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block tells no orientation; the pixels are whole
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _from_wide_grey(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, "white")
+        return Image.alpha_composite(white, over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_wide_grey(image: Image.Image) -> Image.Image:
+    grey = np.asarray(image).astype(np.float64)
+    if grey.max(initial=0) > 255:
+        grey = grey / 256
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
