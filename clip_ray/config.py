@@ -75,15 +75,24 @@ class DataConfig(Section):
         description="Folder with one folder of images per class, for zero-shot classification.",
     )
     shard_size_mib: float = Field(default=64, gt=0, description="Target size of a Parquet shard.")
-    row_group_rows: Positive = Field(default=32, description="Rows that one read fetches together.")
+    row_group_rows: Positive = Field(default=16, description="Rows read together.")
     crop_scale: tuple[Fraction, Fraction] = Field(
         default=(0.9, 1.0), description="Share of the image's area that a training crop covers."
     )
     crop_ratio: tuple[float, float] = Field(
         default=(0.75, 4 / 3), description="Range of a training crop's width / height."
     )
-    read_cache_mib: float = Field(
-        default=256, ge=0, description="Row groups that each reader process keeps in memory."
+    shuffle_window_rows: Positive = Field(
+        default=2048,
+        description="Samples shuffled among each other; row groups are shuffled among all.",
+    )
+    cache_dir: str | None = Field(
+        default=None,
+        description="Folder on each node for row groups that were read; null: one in its temporary "
+        "folder.",
+    )
+    cache_mib: float = Field(
+        default=4096, gt=0, description="Size of that cache; two shuffle windows is the least."
     )
 
     @model_validator(mode="after")

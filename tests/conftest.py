@@ -46,7 +46,7 @@ def raw_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_config(storage: Storage, raw_shapes: Path) -> Config:
+def small_config(storage: Storage, raw_shapes: Path, tmp_path: Path) -> Config:
     """The shapes config over `raw_shapes` and `storage`: two epochs of four steps."""
     return load_config(
         SHAPES_YAML,
@@ -55,6 +55,8 @@ def small_config(storage: Storage, raw_shapes: Path) -> Config:
             f"data.source={raw_shapes}",
             f"data.zero_shot_source={raw_shapes / 'zero-shot'}",
             "data.row_group_rows=8",
+            "data.shuffle_window_rows=64",
+            f"data.cache_dir={tmp_path / 'cache'}",
             "train.global_batch=32",
             "train.epochs=2",
             "optim.warmup_steps=2",

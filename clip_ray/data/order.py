@@ -1,8 +1,10 @@
 """Which samples form a global batch: a pure function of (seed, epoch, step).
 
-An epoch is a keyed permutation of all sample ids, evaluated only where it is asked for, so that
-memory does not grow with the data set and any step can be started at. It does not know the world
-size: ranks take slices of the same global batch.
+An epoch shuffles blocks of neighbouring samples, then the samples of each window of blocks: a
+window is what readers hold at a time, so that storage is read in blocks, each of them once. Both
+shuffles are keyed permutations, evaluated only where they are asked for: memory does not grow with
+the data set, and any step can be started at. The order does not know the world size: ranks take
+slices of the same global batch.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
+Positions = NDArray[np.uint64]
 _ROUNDS = 6
 
 
@@ -21,12 +24,15 @@ class Order:
     """The order of `num_samples` samples in batches of `global_batch`.
 
     Each sample comes at most once in an epoch. The incomplete batch at an epoch's end is left
-    out; what falls into it differs from epoch to epoch.
+    out; what falls into it differs from epoch to epoch. Two samples of one block share a batch
+    with probability (G - 1) / (window - 1), others in 1 / (number of windows) of the epochs that.
     """
 
     seed: int
     num_samples: int
     global_batch: int
+    block_rows: int = 16
+    window_blocks: int = 128
 
     @property
     def steps_per_epoch(self) -> int:
@@ -37,15 +43,63 @@ class Order:
         """The ids of global batch `step`, counted from the start of the run: [G] int64."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self.global_batch
-        positions = np.arange(start, start + self.global_batch, dtype=np.uint64)
-        return permute(positions, self.num_samples, key=_key(self.seed, epoch))
+        return self._at(np.arange(start, start + self.global_batch, dtype=np.int64), epoch)
 
     def rng(self, step: int, sample_id: int) -> np.random.Generator:
         """The random state of a sample in the epoch of `step`: its caption, its crop."""
         return np.random.default_rng([self.seed, step // self.steps_per_epoch, sample_id])
 
+    def blocks_ahead(self, step: int) -> Ids:
+        """The blocks that come into use one window after `step`: each once, step after step."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        bounds = np.array([step_of_epoch, step_of_epoch + 1]) * self.global_batch
+        first, last = (bounds // self.block_rows + self.window_blocks).tolist()
+        slots = np.arange(first, last)
+        here, later = slots[slots < self._blocks], slots[slots >= self._blocks] - self._blocks
+        later = later[later < self._blocks]
+        return np.concatenate([self._blocks_at(here, epoch), self._blocks_at(later, epoch + 1)])
 
-def permute(positions: NDArray[np.uint64], size: int, key: int) -> Ids:
+    @property
+    def _blocks(self) -> int:
+        return -(-self.num_samples // self.block_rows)
+
+    def _blocks_at(self, slots: Ids, epoch: int) -> Ids:
+        return permute(slots.astype(np.uint64), self._blocks, _key(self.seed, epoch))
+
+    def _at(self, positions: Ids, epoch: int) -> Ids:
+        """The ids at `positions` of an epoch.
+
+        The last block may be short. In the window that it falls into it counts as the last, and
+        the positions of all windows after that one are shifted by what it lacks.
+        """
+        key, rows = _key(self.seed, epoch), self.block_rows
+        lacking = self._blocks * rows - self.num_samples
+        short_slot = unpermute(self._blocks - 1, self._blocks, key)
+        short_window = short_slot // self.window_blocks
+        window_rows = self.window_blocks * rows
+        past_short = positions >= self._window_end(short_window) - lacking
+        window, inside = np.divmod(positions + lacking * past_short, window_rows)
+        slots, offsets = np.empty_like(inside), np.empty_like(inside)
+        for number in np.unique(window).tolist():
+            mine = window == number
+            is_short = number == short_window
+            size = self._window_end(number) - number * window_rows - lacking * is_short
+            window_key = _key(key, number + 1)
+            shuffled = permute(inside[mine].astype(np.uint64), size, window_key)
+            slot, offsets[mine] = np.divmod(shuffled, rows)
+            slot += number * self.window_blocks
+            if is_short:
+                last = self._window_end(number) // rows - 1
+                slot = np.where(slot == last, short_slot, np.where(slot == short_slot, last, slot))
+            slots[mine] = slot
+        return self._blocks_at(slots, epoch) * rows + offsets
+
+    def _window_end(self, window: int) -> int:
+        """The row after a window, as if every block were full."""
+        return min((window + 1) * self.window_blocks, self._blocks) * self.block_rows
+
+
+def permute(positions: Positions, size: int, key: int) -> Ids:
     """A keyed permutation of range(size), at `positions` only.
 
     A Feistel network over the next even power of two, walked until it lands below `size`
@@ -60,16 +114,29 @@ def permute(positions: NDArray[np.uint64], size: int, key: int) -> Ids:
     return values.astype(np.int64)
 
 
-def _feistel(values: NDArray[np.uint64], half_bits: int, key: int) -> NDArray[np.uint64]:
+def unpermute(value: int, size: int, key: int) -> int:
+    """The position at which `permute` has `value`."""
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    values = _feistel(np.array([value], dtype=np.uint64), half_bits, key, inverse=True)
+    while values[0] >= size:
+        values = _feistel(values, half_bits, key, inverse=True)
+    return int(values[0])
+
+
+def _feistel(values: Positions, half_bits: int, key: int, inverse: bool = False) -> Positions:
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
-    for number in range(_ROUNDS):
+    if inverse:  # the same rounds, last to first, the halves exchanged before and after
+        left, right = right, left
+    for number in reversed(range(_ROUNDS)) if inverse else range(_ROUNDS):
         round_key = np.uint64(_key(key, number))
         left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    if inverse:
+        left, right = right, left
     return (left << shift) | right
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _mix(values: Positions) -> Positions:
     # The finaliser of SplitMix64 (Steele, Lea, Flood 2014); uint64 arithmetic wraps.
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

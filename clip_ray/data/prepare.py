@@ -219,7 +219,12 @@ def _write_shard(plan: dict[str, Any], root: str, config_json: str) -> dict[str,
         if plan["split"] == SHRUNK_SPLIT:
             data = smaller_jpeg(data, image, config.shorter_side, config.jpeg_quality)
         rows.append({**record, "image": data})
-    shard = Shard(key=plan["key"], rows=len(rows), **_put(rows, plan["key"], config, storage))
+    shard = Shard(
+        key=plan["key"],
+        rows=len(rows),
+        row_group_rows=config.row_group_rows,
+        **_put(rows, plan["key"], config, storage),
+    )
     result = {
         "shard": shard.model_dump(),
         "quarantined": [entry.model_dump() for entry in quarantined],
@@ -249,7 +254,7 @@ def _put(
     # The images are compressed already.
     pq.write_table(
         pa.Table.from_pylist(rows, schema=SCHEMA), buffer, row_group_size=config.row_group_rows,
-        compression="none", use_dictionary=False,
+        compression="none", use_dictionary=False, write_page_checksum=True,
     )  # fmt: skip
     data = buffer.getvalue()
     storage.write_bytes(key, data)

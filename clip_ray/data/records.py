@@ -103,7 +103,7 @@ def fingerprint(config: DataConfig) -> str:
 # What may differ without the shards being others.
 _FREE = {
     "name", "source", "zero_shot_source", "max_quarantined_share",
-    "crop_scale", "crop_ratio", "read_cache_mib",
+    "crop_scale", "crop_ratio", "shuffle_window_rows", "cache_dir", "cache_mib",
 }  # fmt: skip
 
 

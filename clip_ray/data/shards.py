@@ -1,4 +1,4 @@
-"""Prepared data: Parquet shards, the manifest that lists them, and reads of single rows.
+"""Prepared data: Parquet shards, the manifest that lists them, the quarantine beside them.
 
 Columns of a shard:
     image_id   int64          position of the image in the raw data set
@@ -10,12 +10,9 @@ Columns of a shard:
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import io
-import itertools
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -62,6 +59,7 @@ class Shard(BaseModel):
 
     key: str
     rows: int
+    row_group_rows: int
     size_bytes: int
     sha256: str
 
@@ -123,53 +121,6 @@ def read_quarantine(storage: Storage) -> list[Quarantined]:
     """What could not be used, as it was found. Raises RunError where there is no table."""
     table = pq.read_table(io.BytesIO(storage.read_bytes(QUARANTINE_KEY)))
     return [Quarantined.model_validate(row) for row in table.to_pylist()]
-
-
-class ShardReader:
-    """Reads rows of a split by their index, a row group at a time, the latest ones cached."""
-
-    def __init__(self, storage: Storage, shards: Sequence[Shard], cache_bytes: int) -> None:
-        self._storage = storage
-        self._shards = shards
-        self._starts = [0, *itertools.accumulate(shard.rows for shard in shards)]
-        self._files: dict[int, tuple[pq.ParquetFile, list[int]]] = {}
-        self._cache: OrderedDict[tuple[int, int], list[dict[str, Any]]] = OrderedDict()
-        self._cached_bytes: dict[tuple[int, int], int] = {}
-        self._cache_bytes = cache_bytes
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def rows(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The rows at `indices`, in that order, each a dict of SCHEMA's columns."""
-        for index in indices:
-            shard = bisect.bisect_right(self._starts, index) - 1
-            row = index - self._starts[shard]
-            _, group_starts = self._file(shard)
-            group = bisect.bisect_right(group_starts, row) - 1
-            yield self._group(shard, group)[row - group_starts[group]]
-
-    def _group(self, shard: int, group: int) -> list[dict[str, Any]]:
-        place = (shard, group)
-        if place in self._cache:
-            self._cache.move_to_end(place)
-            return self._cache[place]
-        table = self._file(shard)[0].read_row_group(group)
-        self._cache[place] = table.to_pylist()
-        self._cached_bytes[place] = table.nbytes
-        while len(self._cache) > 1 and sum(self._cached_bytes.values()) > self._cache_bytes:
-            oldest, _ = self._cache.popitem(last=False)
-            del self._cached_bytes[oldest]
-        return self._cache[place]
-
-    def _file(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
-        if shard not in self._files:
-            path = self._storage.arrow_path(self._shards[shard].key)
-            file = pq.ParquetFile(path, filesystem=arrow_filesystem(), pre_buffer=True)
-            metadata = file.metadata
-            counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-            self._files[shard] = file, [0, *itertools.accumulate(counts)][:-1]
-        return self._files[shard]
 
 
 def read_column(storage: Storage, shards: Sequence[Shard], column: str) -> Iterator[Any]:

@@ -1,11 +1,12 @@
 """The training stream: one Ray Data execution for the whole run, in the order of `order.py`.
 
-A unit of work is the micro batch of one rank at one step. The unit's number says what to read, so
-the stream can begin at any step, and each unit carries its step and rank for the worker to check.
+A unit of work is the micro batches of one rank at a few steps. The unit's number says what to read,
+so the stream can begin at any step; each sample carries its step and rank, which the worker checks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import ray.data
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from clip_ray.config import DataConfig
-from clip_ray.data.images import decode_rgb
+from clip_ray.data.images import decode_prepared
 from clip_ray.data.order import Order
-from clip_ray.data.shards import Manifest, ShardReader
+from clip_ray.data.reader import ShardReader, open_reader
+from clip_ray.data.shards import Manifest, Shard
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import random_resized_crop
 from clip_ray.errors import RunError
@@ -27,6 +30,8 @@ from clip_ray.storage import Storage
 Arrays = dict[str, NDArray[Any]]
 # Half a CPU for each reader task: they wait for S3 part of the time.
 READER_CPUS = 0.5
+# A task costs Ray some 20 ms: a unit is large enough to make that little.
+UNIT_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,12 @@ class StreamSpec:
     tokenizer_json: str
     context_length: int
 
+    @property
+    def steps_per_unit(self) -> int:
+        """Steps whose micro batches one task makes."""
+        micro_batch = self.order.global_batch // self.world_size
+        return max(1, UNIT_IMAGES // micro_batch)
+
 
 def stream_spec(
     *,
@@ -56,7 +67,7 @@ def stream_spec(
     """Gathers what the reader tasks need."""
     return StreamSpec(
         data_root=storage.root,
-        shards_json=manifest.model_dump_json(include={"splits"}),
+        shards_json=TypeAdapter(list[Shard]).dump_json(manifest.splits["train"]).decode(),
         order=order,
         world_size=world_size,
         image_size=image_size,
@@ -71,9 +82,8 @@ def training_stream(spec: StreamSpec, start_step: int, end_step: int) -> ray.dat
 
     Split over `world_size` consumers with the order preserved, rank r gets its own units.
     """
-    units = (end_step - start_step) * spec.world_size
-    first = start_step * spec.world_size
-    load: Any = partial(_load_units, spec_ref=ray.put(spec), first=first)
+    units = math.ceil((end_step - start_step) / spec.steps_per_unit) * spec.world_size
+    load: Any = partial(_load_block, spec_ref=ray.put(spec), steps=(start_step, end_step))
     return ray.data.range(units, override_num_blocks=units).map_batches(
         load,
         batch_size=None,
@@ -81,37 +91,63 @@ def training_stream(spec: StreamSpec, start_step: int, end_step: int) -> ray.dat
     )
 
 
-def checked_units(batches: Iterator[Arrays], rank: int, start_step: int) -> Iterator[Arrays]:
-    """The units of one rank, each proved to be the next one. Raises RunError if one is not."""
-    for step, unit in enumerate(batches, start_step):
+def checked_micro_batches(units: Iterator[Arrays], rank: int, start_step: int) -> Iterator[Arrays]:
+    """The micro batches of one rank, each proved to be the next one. Raises RunError if not."""
+    step = start_step
+    for unit in units:
         place = unit.pop("place")
-        found = set(map(tuple, place.tolist()))
-        if found != {(step, rank)}:
-            raise RunError(f"rank {rank} expected step {step}, the stream brought {sorted(found)}")
-        yield unit
+        # Where the step changes from one row to the next.
+        ends = [*(np.flatnonzero(np.diff(place[:, 0])) + 1).tolist(), len(place)]
+        start = 0
+        for end in ends:
+            found = set(map(tuple, place[start:end].tolist()))
+            if found != {(step, rank)}:
+                raise RunError(
+                    f"rank {rank} expected step {step}, the stream brought {sorted(found)}"
+                )
+            yield {name: array[start:end] for name, array in unit.items()}
+            start, step = end, step + 1
 
 
-def _load_units(batch: Arrays, spec_ref: Any, first: int) -> Arrays:
+def _load_block(batch: Arrays, spec_ref: Any, steps: tuple[int, int]) -> Arrays:
     spec: Any = ray.get(spec_ref)
-    units = [load_unit(spec, first + int(number)) for number in batch["id"]]
-    return {key: np.concatenate([unit[key] for unit in units]) for key in units[0]}
+    (number,) = batch["id"].tolist()
+    return load_unit(spec, number, *steps)
 
 
-def load_unit(spec: StreamSpec, unit: int) -> Arrays:
-    """Reads, decodes, crops and tokenises one rank's micro batch.
+def load_unit(spec: StreamSpec, unit: int, start_step: int, end_step: int) -> Arrays:
+    """Reads, decodes, crops and tokenises a unit: one rank's micro batches of its steps.
 
     Returns images [B, H, W, 3] uint8, token_ids [B, L] int32, token_lengths [B] int32,
-    sample_ids [B] int64 and place [B, 2] int64 (step, rank).
+    sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all steps of the unit.
     """
-    step, rank = divmod(unit, spec.world_size)
+    number, rank = divmod(unit, spec.world_size)
+    first = start_step + number * spec.steps_per_unit
+    steps = range(first, min(first + spec.steps_per_unit, end_step))
+    _prefetch(spec, steps, rank)
+    micro_batches = [_load_micro_batch(spec, step, rank) for step in steps]
+    return {
+        name: np.concatenate([part[name] for part in micro_batches]) for name in micro_batches[0]
+    }
+
+
+def _prefetch(spec: StreamSpec, steps: range, rank: int) -> None:
+    """This rank's share of the blocks that come into use one window later."""
+    reader, rows = _reader(spec), spec.order.block_rows
+    for step in steps:
+        starts = spec.order.blocks_ahead(step)[rank :: spec.world_size] * rows
+        reader.prefetch(min(start, len(reader) - 1) for start in starts.tolist())
+
+
+def _load_micro_batch(spec: StreamSpec, step: int, rank: int) -> Arrays:
     reader, tokenizer = _reader(spec), _tokenizer(spec)
     mine = np.array_split(spec.order.sample_ids(step), spec.world_size)[rank]
     images, captions = [], []
     for sample_id, row in zip(mine, reader.rows(mine.tolist()), strict=True):
         rng = spec.order.rng(step, int(sample_id))
         captions.append(row["captions"][rng.integers(len(row["captions"]))])
-        image = decode_rgb(row["image"])
         crop = (spec.data.crop_scale, spec.data.crop_ratio)
+        image = decode_prepared(row["image"])
         images.append(random_resized_crop(image, spec.image_size, *crop, rng))
     token_ids, token_lengths = tokenizer(captions)
     return {
@@ -125,18 +161,13 @@ def load_unit(spec: StreamSpec, unit: int) -> Arrays:
 
 # A reader process serves many units: what it opened once, it keeps.
 @lru_cache(maxsize=1)
-def _reader_of(data_root: str, shards_json: str, cache_bytes: int) -> ShardReader:
-    from pydantic import TypeAdapter
-
-    from clip_ray.data.shards import Shard
-
-    splits = TypeAdapter(dict[str, dict[str, list[Shard]]]).validate_json(shards_json)["splits"]
-    return ShardReader(Storage(data_root), splits["train"], cache_bytes)
+def _reader_of(data_root: str, shards_json: str, data_json: str) -> ShardReader:
+    shards = TypeAdapter(list[Shard]).validate_json(shards_json)
+    return open_reader(DataConfig.model_validate_json(data_json), Storage(data_root), shards)
 
 
 def _reader(spec: StreamSpec) -> ShardReader:
-    cache_bytes = int(spec.data.read_cache_mib * 2**20)
-    return _reader_of(spec.data_root, spec.shards_json, cache_bytes)
+    return _reader_of(spec.data_root, spec.shards_json, spec.data.model_dump_json())
 
 
 _tokenizer_of: Callable[[str, int], CaptionTokenizer] = lru_cache(maxsize=1)(CaptionTokenizer)

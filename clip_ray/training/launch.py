@@ -22,7 +22,7 @@ from ray.train.torch import TorchTrainer
 from clip_ray.config import Config
 from clip_ray.config_file import parse_config
 from clip_ray.data.shards import read_column, read_manifest
-from clip_ray.data.stream import checked_units, stream_spec, training_stream
+from clip_ray.data.stream import checked_micro_batches, stream_spec, training_stream
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
@@ -200,7 +200,7 @@ class _RayContext:
         batches: Any = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
         rank = ray.train.get_context().get_world_rank()
         start = _resume_step(self._config)
-        return checked_units(map(_writable, batches), rank, start)
+        return checked_micro_batches(map(_writable, batches), rank, start)
 
     def progress(self, state: dict[str, Any]) -> None:
         self._board.put.remote(state)

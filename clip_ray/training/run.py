@@ -13,7 +13,14 @@ TOKENIZER_KEY = "tokenizer.json"
 
 def make_order(config: Config, manifest: Manifest) -> Order:
     """The order of the train split."""
-    return Order(config.seed, manifest.rows("train"), config.train.global_batch)
+    block_rows = config.data.row_group_rows
+    return Order(
+        seed=config.seed,
+        num_samples=manifest.rows("train"),
+        global_batch=config.train.global_batch,
+        block_rows=block_rows,
+        window_blocks=max(1, config.data.shuffle_window_rows // block_rows),
+    )
 
 
 def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer) -> dict[str, str]:
@@ -27,5 +34,8 @@ def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer
         "train.epochs": str(config.train.epochs),
         "train.global_batch": str(config.train.global_batch),
         "data": manifest.sha256,
+        "data.row_group_rows": str(config.data.row_group_rows),
+        "data.shuffle_window_rows": str(config.data.shuffle_window_rows),
+        "data.crop": f"{config.data.crop_scale} {config.data.crop_ratio}",
         "tokenizer": tokenizer.sha256,
     }

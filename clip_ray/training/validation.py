@@ -12,7 +12,8 @@ from torch import Tensor
 from clip_ray.collectives import gather_rows, rank, world_size
 from clip_ray.config import Config
 from clip_ray.data.images import decode_rgb
-from clip_ray.data.shards import Manifest, ShardReader, read_column
+from clip_ray.data.reader import open_reader
+from clip_ray.data.shards import Manifest, read_column
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.evaluation.retrieval import retrieval_metrics
@@ -33,7 +34,7 @@ class Validation:
         captions = list(read_column(data, shards, "captions"))
         texts = [caption for group in captions for caption in group]
         owners = np.repeat(np.arange(len(captions)), [len(group) for group in captions])
-        reader = ShardReader(data, shards, cache_bytes=0)
+        reader = open_reader(config.data, data, shards)
         my_images = np.array_split(np.arange(len(captions)), world_size())[rank()]
         my_texts = np.array_split(np.arange(len(texts)), world_size())[rank()]
         crops = [

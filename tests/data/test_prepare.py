@@ -16,7 +16,8 @@ from raw_sets import as_zip, captions, jpeg
 from clip_ray.config import Config
 from clip_ray.data.images import decode_rgb
 from clip_ray.data.prepare import is_prepared, prepare, requeue
-from clip_ray.data.shards import ShardReader, read_manifest, read_quarantine
+from clip_ray.data.reader import open_reader
+from clip_ray.data.shards import read_manifest, read_quarantine
 from clip_ray.errors import RunError
 from clip_ray.pipeline import session
 from clip_ray.storage import Storage
@@ -133,7 +134,7 @@ def test_exactly_the_planted_records_are_quarantined(
     assert rows == len(raw_sets.NAMES)
     assert read_manifest(storage) == manifest
     for split, shards in manifest.splits.items():
-        reader = ShardReader(storage, shards, cache_bytes=2**20)
+        reader = open_reader(config.data, storage, shards)
         for row in reader.rows(range(len(reader))):
             assert raw_sets.SPLIT[row["filename"]] == split
             assert row["captions"] == captions(row["filename"])
@@ -204,7 +205,7 @@ def test_train_images_are_shrunk_and_test_images_keep_their_bytes(
     storage = Storage(config.data_root)
     manifest = prepare(config.data, storage, print)
     (train, *_), (test, *_) = (
-        list(ShardReader(storage, manifest.splits[split], 2**20).rows([0]))
+        list(open_reader(config.data, storage, manifest.splits[split]).rows([0]))
         for split in ("train", "test")
     )
     assert decode_rgb(train["image"]).size == (341, 256)

@@ -1,6 +1,10 @@
-"""Each rank gets exactly its own units, whatever the step it starts at; a wrong one is an error."""
+"""Every rank gets its own samples at any world size, whatever the timing, from any step."""
 
 from __future__ import annotations
+
+import itertools
+import random
+import time
 
 import numpy as np
 import pytest
@@ -9,58 +13,88 @@ import ray
 from clip_ray.config import Config
 from clip_ray.data.order import Order
 from clip_ray.data.prepare import prepare
-from clip_ray.data.stream import checked_units, load_unit, stream_spec, training_stream
+from clip_ray.data.shards import Manifest
+from clip_ray.data.stream import (
+    StreamSpec,
+    checked_micro_batches,
+    load_unit,
+    stream_spec,
+    training_stream,
+)
 from clip_ray.data.tokenizer import make_tokenizer
 from clip_ray.errors import RunError
 from clip_ray.pipeline import session
 from clip_ray.storage import Storage
 
-WORLD_SIZE, START, END = 2, 3, 7
+START, END = 3, 14
 
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_ranks_get_their_slices_of_the_global_batches(small_config: Config) -> None:
+@pytest.mark.timeout(400)
+def test_the_order_arrives_at_every_world_size_and_timing(small_config: Config) -> None:
     with session(small_config, print):
-        spec = spec_of(small_config)
-        data = training_stream(spec, START, END)
-        data.context.execution_options.preserve_order = True
-        shards = data.streaming_split(WORLD_SIZE, equal=True)
-        found = ray.get([consume.remote(shard) for shard in shards])
-    for rank, units in enumerate(found):
-        assert len(units) == END - START
-        for step, unit in zip(range(START, END), units, strict=True):
-            wanted = load_unit(spec, step * WORLD_SIZE + rank)
-            assert (unit["place"] == [step, rank]).all()
-            for name, array in wanted.items():
-                assert np.array_equal(unit[name], array), name
-    for step in range(END - START):
-        ids = np.concatenate([units[step]["sample_ids"] for units in found])
-        assert np.array_equal(ids, spec.order.sample_ids(START + step))
+        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
+        seen = {}
+        for world_size in (1, 2, 3, 4):
+            spec = spec_of(small_config, manifest, world_size)
+            seen[world_size] = stream_ids(spec)
+    wanted = [spec.order.sample_ids(step).tolist() for step in range(START, END)]
+    assert all(ids == wanted for ids in seen.values())
+
+
+def stream_ids(spec: StreamSpec) -> list[list[int]]:
+    """The sample ids of each step, the ranks' slices together, consumers slow at random."""
+    data = training_stream(spec, START, END)
+    data.context.execution_options.preserve_order = True
+    shards = data.streaming_split(spec.world_size, equal=True)
+    parts = ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)])
+    return [list(itertools.chain(*slices)) for slices in zip(*parts, strict=True)]
 
 
 @ray.remote(num_cpus=0)
-def consume(shard):
-    return list(shard.iter_batches(batch_size=None, batch_format="numpy"))
+def consume(shard, rank: int) -> list[list[int]]:
+    delays = random.Random(rank)
+    units = shard.iter_batches(batch_size=None, batch_format="numpy")
+    ids = []
+    for micro_batch in checked_micro_batches(units, rank, START):
+        time.sleep(delays.uniform(0, 0.1 * (1 + rank)))
+        ids.append(micro_batch["sample_ids"].tolist())
+    return ids
 
 
-def spec_of(config: Config):
-    storage = Storage(config.data_root)
-    manifest = prepare(config.data, storage, print)
+def spec_of(config: Config, manifest: Manifest, world_size: int) -> StreamSpec:
     return stream_spec(
         data=config.data,
-        storage=storage,
+        storage=Storage(config.data_root),
         manifest=manifest,
         tokenizer=make_tokenizer(config.model.text, ["a large red star at the top left"]),
-        order=Order(config.seed, manifest.rows("train"), config.train.global_batch),
-        world_size=WORLD_SIZE,
+        order=Order(config.seed, manifest.rows("train"), 24, block_rows=8, window_blocks=8),
+        world_size=world_size,
         image_size=config.model.image.size,
     )
 
 
-def test_a_unit_in_the_wrong_place_is_an_error() -> None:
-    units = iter([{"place": np.array([[4, 0], [4, 0]])}, {"place": np.array([[6, 0]])}])
-    checked = checked_units(units, rank=0, start_step=4)
-    assert next(checked) == {}
-    with pytest.raises(RunError, match=r"rank 0 expected step 5, the stream brought \[\(6, 0\)\]"):
+@pytest.mark.cluster
+@pytest.mark.s3
+def test_a_sample_is_the_same_at_every_world_size(small_config: Config) -> None:
+    with session(small_config, print):
+        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
+    by_id = {}
+    for world_size in (1, 3):
+        spec = spec_of(small_config, manifest, world_size)
+        for rank in range(world_size):
+            unit = load_unit(spec, rank, START, START + 1)
+            for row, sample_id in enumerate(unit["sample_ids"].tolist()):
+                sample = {name: unit[name][row] for name in ("images", "token_ids")}
+                before = by_id.setdefault(sample_id, sample)
+                assert all(np.array_equal(before[name], sample[name]) for name in sample)
+    assert len(by_id) == 24
+
+
+def test_a_micro_batch_in_the_wrong_place_is_an_error() -> None:
+    places = [np.array([[4, 0], [4, 0], [5, 0]]), np.array([[7, 0]])]
+    checked = checked_micro_batches(({"place": place} for place in places), rank=0, start_step=4)
+    assert [next(checked), next(checked)] == [{}, {}]
+    with pytest.raises(RunError, match=r"rank 0 expected step 6, the stream brought \[\(7, 0\)\]"):
         next(checked)

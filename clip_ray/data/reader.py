@@ -1,0 +1,152 @@
+"""Rows of a split by their index, through a cache of row groups on the node's own disk.
+
+Each row group is fetched from storage once per node, in one range read, and kept as an Arrow file
+that all reader processes map: a row costs no copy, and memory is the page cache's. The oldest files
+go when the cache is full.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clip_ray.config import DataConfig
+from clip_ray.data.shards import Shard
+from clip_ray.errors import RunError
+from clip_ray.storage import Storage, arrow_filesystem
+
+ATTEMPTS = 6
+FIRST_PAUSE_S = 0.5
+FETCHERS = 4
+
+
+class ShardReader:
+    """Reads rows at any index; safe to use from several processes and threads at once."""
+
+    def __init__(
+        self, storage: Storage, shards: Sequence[Shard], folder: Path, limit_bytes: float
+    ) -> None:
+        self._storage, self._shards = storage, shards
+        self._folder, self._limit_bytes = folder, limit_bytes
+        self._starts = [0, *itertools.accumulate(shard.rows for shard in shards)]
+        self._files = threading.local()  # a ParquetFile is not for two threads
+        self._tables: dict[tuple[int, int], pa.Table] = {}
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def rows(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The rows at `indices`, in that order, each a dict of SCHEMA's columns.
+
+        Raises RunError, which names the shard, where storage does not give it after retries.
+        """
+        places = [self._place(index) for index in indices]
+        groups = {(shard, group) for shard, group, _ in places}
+        self._tables = {place: table for place, table in self._tables.items() if place in groups}
+        missing = [place for place in groups if place not in self._tables]
+        self._tables |= zip(missing, self._fetchers.map(self._table, missing), strict=True)
+        for shard, group, row in places:
+            table = self._tables[shard, group]
+            yield {name: table[name][row].as_py() for name in table.column_names}
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Fetches the row groups of these rows in the background, if they are not there."""
+        groups = {self._place(index)[:2] for index in indices}
+        for place in groups:
+            if not self._path(*place).exists():
+                self._fetchers.submit(self._fetch, *place)
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Shard, row group, and row in it. All row groups but a shard's last have one size."""
+        shard = bisect.bisect_right(self._starts, index) - 1
+        group, row = divmod(index - self._starts[shard], self._shards[shard].row_group_rows)
+        return shard, group, row
+
+    def _path(self, shard: int, group: int) -> Path:
+        return self._folder / f"{self._shards[shard].sha256[:32]}-{group:05d}.arrow"
+
+    def _table(self, place: tuple[int, int]) -> pa.Table:
+        for _ in range(ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):  # another process made room for its own
+                return pa.ipc.open_file(pa.memory_map(str(self._path(*place)))).read_all()
+            self._fetch(*place)
+        raise RunError(
+            f"{self._folder}: row groups go as soon as they come; data.cache_mib must be larger"
+        )
+
+    def _fetch(self, shard: int, group: int) -> None:
+        path = self._path(shard, group)
+        if path.exists():
+            return
+        table = self._download(shard, group)
+        self._make_room(table.nbytes)
+        descriptor, temporary = tempfile.mkstemp(dir=self._folder, suffix=".part")
+        os.close(descriptor)
+        try:
+            with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    def _download(self, shard: int, group: int) -> pa.Table:
+        pause_s, key = FIRST_PAUSE_S, self._shards[shard].key
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._file(shard).read_row_group(group, use_threads=False)
+            except (OSError, pa.ArrowException) as error:
+                vars(self._files).clear()
+                if attempt == ATTEMPTS:
+                    raise RunError(
+                        f"{self._storage.uri(key)}: row group {group} cannot be read after "
+                        f"{ATTEMPTS} attempts: {str(error).splitlines()[0]}"
+                    ) from None
+                time.sleep(pause_s)
+                pause_s *= 2
+        raise AssertionError
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        files = vars(self._files)
+        name = f"shard {shard}"
+        if name not in files:
+            files[name] = pq.ParquetFile(
+                self._storage.arrow_path(self._shards[shard].key),
+                filesystem=arrow_filesystem(),
+                pre_buffer=True,
+                page_checksum_verification=True,
+            )
+        return files[name]
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        """Removes the oldest files; who has one mapped keeps it until done."""
+        files = []
+        for entry in os.scandir(self._folder):
+            with contextlib.suppress(FileNotFoundError):
+                files.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        excess_bytes = sum(size for _, size, _ in files) + wanted_bytes - self._limit_bytes
+        for _, size, path in sorted(files):
+            if excess_bytes <= 0:
+                break
+            if path.endswith(".arrow"):
+                Path(path).unlink(missing_ok=True)
+                excess_bytes -= size
+
+
+def open_reader(config: DataConfig, storage: Storage, shards: Sequence[Shard]) -> ShardReader:
+    """A reader of `shards` with the cache that the config names, or the user's on this node."""
+    folder = config.cache_dir or str(Path(tempfile.gettempdir()) / f"clip-ray-{os.getuid()}")
+    return ShardReader(storage, shards, Path(folder), config.cache_mib * 2**20)

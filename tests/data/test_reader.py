@@ -1,0 +1,92 @@
+"""Rows come through the node's cache: shared, bounded, and patient with storage."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clip_ray.data import reader as reader_module
+from clip_ray.data.reader import ShardReader
+from clip_ray.data.shards import SCHEMA, Shard
+from clip_ray.errors import RunError
+from clip_ray.storage import Storage
+
+pytestmark = pytest.mark.s3
+GROUP_ROWS, IMAGE_BYTES = 4, 10_000
+
+
+def shards_of(storage: Storage, rows_of_shards: tuple[int, ...]) -> list[Shard]:
+    shards, first = [], 0
+    for number, rows in enumerate(rows_of_shards):
+        table = [
+            {"image_id": i, "filename": f"{i}.jpg", "image": bytes([i]) * IMAGE_BYTES,
+             "captions": [f"caption {i}"], "label": None}
+            for i in range(first, first + rows)
+        ]  # fmt: skip
+        buffer = io.BytesIO()
+        pq.write_table(
+            pa.Table.from_pylist(table, schema=SCHEMA), buffer, row_group_size=GROUP_ROWS,
+            compression="none", use_dictionary=False, write_page_checksum=True,
+        )  # fmt: skip
+        key = f"train/{number:05d}.parquet"
+        storage.write_bytes(key, buffer.getvalue())
+        shards.append(
+            Shard(
+                key=key, rows=rows, row_group_rows=GROUP_ROWS, size_bytes=0, sha256=f"{number}" * 64
+            )
+        )
+        first += rows
+    return shards
+
+
+def test_any_rows_in_any_order_and_each_group_is_fetched_once(
+    storage: Storage, tmp_path: Path
+) -> None:
+    shards = shards_of(storage, (10, 3, 6))
+    reader = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
+    wanted = [18, 0, 12, 9, 10, 0, 5]
+    rows = list(reader.rows(wanted))
+    assert [row["image_id"] for row in rows] == wanted
+    assert rows[0] == {
+        "image_id": 18, "filename": "18.jpg", "image": bytes([18]) * IMAGE_BYTES,
+        "captions": ["caption 18"], "label": None,
+    }  # fmt: skip
+    assert len(list(tmp_path.glob("*.arrow"))) == 5
+    for shard in shards:  # another process needs storage no more
+        storage.delete(shard.key)
+    again = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
+    assert [row["image_id"] for row in again.rows(wanted)] == wanted
+
+
+def test_the_cache_keeps_to_its_size(storage: Storage, tmp_path: Path) -> None:
+    reader = ShardReader(storage, shards_of(storage, (40,)), tmp_path, limit_bytes=150_000)
+    for index in range(40):
+        (row,) = reader.rows([index])
+        assert row["image"] == bytes([index]) * IMAGE_BYTES
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 150_000
+
+
+def test_prefetch_brings_groups_before_they_are_asked_for(storage: Storage, tmp_path: Path) -> None:
+    shards = shards_of(storage, (8,))
+    reader = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
+    reader.prefetch([1, 2, 6])
+    reader._fetchers.shutdown(wait=True)
+    assert len(list(tmp_path.glob("*.arrow"))) == 2
+
+
+def test_a_shard_that_stays_unreadable_is_named(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "FIRST_PAUSE_S", 0.01)
+    shards = shards_of(storage, (8,))
+    data = bytearray(storage.read_bytes(shards[0].key))
+    data[30_000] ^= 0xFF  # a flipped bit within an image: the page's checksum tells
+    storage.write_bytes(shards[0].key, bytes(data))
+    reader = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
+    message = r"train/00000\.parquet: row group 0 cannot be read after 6 attempts"
+    with pytest.raises(RunError, match=message):
+        list(reader.rows([0]))
