@@ -114,6 +114,11 @@ class ImageTowerConfig(Section):
         default=False, description="Start from weights: timm's of that name, or those in `weights`."
     )
     weights: str | None = Field(default=None, description="Local weights file for `pretrained`.")
+    center_crop: Literal["open_clip", "hf"] = Field(
+        default="open_clip",
+        description="Crop of val, test and search images: as open_clip cuts, or as Hugging Face's "
+        "CLIP does, one pixel apart where the remainder is odd. Kept with the weights.",
+    )
     freeze_batch_norm: bool = Field(
         default=False,
         description="Freeze BatchNorm, whose batch statistics would make the gradient depend on "

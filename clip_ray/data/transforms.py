@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +28,23 @@ def random_resized_crop(
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def center_crop(image: Image.Image, size: int) -> Pixels:
-    """The shorter side resized to `size`, then the middle, as open_clip does: [size, size, 3]."""
+def center_crop(
+    image: Image.Image, size: int, kind: Literal["open_clip", "hf"] = "open_clip"
+) -> Pixels:
+    """The shorter side resized to `size`, then the middle: [size, size, 3] uint8.
+
+    `kind` is whose rounding: open_clip's, or that of Hugging Face's CLIP (its PIL backend).
+    """
     width, height = image.size
     if width <= height:
         width, height = size, int(size * height / width)
     else:
         width, height = int(size * width / height), size
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    if kind == "hf":
+        left, top = (width - size) // 2, (height - size) // 2
+    else:
+        left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 

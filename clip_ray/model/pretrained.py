@@ -31,7 +31,7 @@ class PretrainedCLIP:
     def __init__(self, model: CLIP, tokenizer: CaptionTokenizer, config: ModelConfig) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.image_size = config.image.size
+        self.image = config.image
         self.metadata: dict[str, str] = {}
 
     @property
@@ -45,7 +45,10 @@ class PretrainedCLIP:
         if isinstance(images, np.ndarray):
             images = torch.from_numpy(images)
         if not isinstance(images, Tensor):
-            crops = [center_crop(image.convert("RGB"), self.image_size) for image in images]
+            crops = [
+                center_crop(image.convert("RGB"), self.image.size, self.image.center_crop)
+                for image in images
+            ]
             images = torch.from_numpy(np.stack(crops))
         features, _, _ = self.model(images=images.to(self.device))
         return features

@@ -37,8 +37,9 @@ class Validation:
         reader = open_reader(config.data, data, shards)
         my_images = np.array_split(np.arange(len(captions)), world_size())[rank()]
         my_texts = np.array_split(np.arange(len(texts)), world_size())[rank()]
+        tower = config.model.image
         crops = [
-            center_crop(decode_rgb(row["image"]), config.model.image.size)
+            center_crop(decode_rgb(row["image"]), tower.size, tower.center_crop)
             for row in reader.rows(my_images.tolist())
         ]
         token_ids, lengths = tokenizer([texts[i] for i in my_texts])
