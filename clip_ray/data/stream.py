@@ -30,8 +30,8 @@ from clip_ray.storage import Storage
 Arrays = dict[str, NDArray[Any]]
 # Half a CPU for each reader task: they wait for S3 part of the time.
 READER_CPUS = 0.5
-# A task costs Ray some 20 ms: a unit is large enough to make that little.
-UNIT_IMAGES = 128
+# Ray starts the next task some 0.1 s after one ends: a unit is large enough to make that little.
+UNIT_IMAGES = 256
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,7 @@ class StreamSpec:
     data: DataConfig
     tokenizer_json: str
     context_length: int
-
-    @property
-    def steps_per_unit(self) -> int:
-        """Steps whose micro batches one task makes."""
-        micro_batch = self.order.global_batch // self.world_size
-        return max(1, UNIT_IMAGES // micro_batch)
+    steps_per_unit: int  # whose micro batches one task makes
 
 
 def stream_spec(
@@ -74,6 +69,7 @@ def stream_spec(
         data=data,
         tokenizer_json=tokenizer.json_text,
         context_length=tokenizer.context_length,
+        steps_per_unit=max(1, UNIT_IMAGES // (order.global_batch // world_size)),
     )
 
 

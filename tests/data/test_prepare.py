@@ -31,7 +31,7 @@ def png(size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-# Twenty-two kinds of broken record: the name in the quarantine, and the reason there.
+# Twenty-one broken records: the name in the quarantine, and the reason there.
 BAD_FILES = {
     "truncated.jpg": (jpeg(1)[:900], "damaged"),
     "header-only.jpg": (jpeg(1)[:300], "not an image"),
