@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulty_proxy import Fault, faulty_proxy
 
 from clip_ray.data import reader as reader_module
 from clip_ray.data.reader import ShardReader
@@ -90,3 +92,18 @@ def test_a_shard_that_stays_unreadable_is_named(
     message = r"train/00000\.parquet: row group 0 cannot be read after 6 attempts"
     with pytest.raises(RunError, match=message):
         list(reader.rows([0]))
+
+
+@pytest.mark.parametrize("fault", ["503", "reset"])
+def test_storage_that_fails_for_a_while_is_waited_for(
+    fault: Fault, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = shards_of(storage, (40,))
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        reader = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
+        assert [row["image_id"] for row in reader.rows([0])] == [0]
+        proxy.fail(fault, seconds=2)
+        wanted = [39, 5, 17, 30]
+        assert [row["image_id"] for row in reader.rows(wanted)] == wanted
+        assert proxy.refused > 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import random
+import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -50,6 +54,35 @@ def stream_ids(spec: StreamSpec) -> list[list[int]]:
     shards = data.streaming_split(spec.world_size, equal=True)
     parts = ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)])
     return [list(itertools.chain(*slices)) for slices in zip(*parts, strict=True)]
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
+def test_killed_readers_change_nothing(small_config: Config) -> None:
+    with session(small_config, print):
+        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
+        spec = dataclasses.replace(spec_of(small_config, manifest, 2), steps_per_unit=1)
+        ended = threading.Event()
+        killed: list[int] = []
+        killer = threading.Thread(target=kill_readers, args=(ended, killed))
+        killer.start()
+        ids = stream_ids(spec)
+        ended.set()
+        killer.join()
+    assert killed
+    assert ids == [spec.order.sample_ids(step).tolist() for step in range(START, END)]
+
+
+def kill_readers(ended: threading.Event, killed: list[int]) -> None:
+    """Kills up to three processes that are at work on a unit."""
+    while not ended.wait(0.02) and len(killed) < 3:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "MapBatches" in process.name() + " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
+                    time.sleep(1)
+                    break
 
 
 @ray.remote(num_cpus=0)
