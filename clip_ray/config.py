@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Jitter = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 
 
@@ -82,6 +84,15 @@ class DataConfig(Section):
     crop_ratio: tuple[float, float] = Field(
         default=(0.75, 4 / 3), description="Range of a training crop's width / height."
     )
+    flip_prob: Probability = Field(
+        default=0, description="Of mirroring a training image; captions say left and right."
+    )
+    color_jitter: tuple[Jitter, Jitter, Jitter, Annotated[float, Field(ge=0, le=0.5)]] = Field(
+        default=(0.32, 0.32, 0.32, 0.08),
+        description="Strength of the changes of brightness, contrast, saturation and hue.",
+    )
+    color_jitter_prob: Probability = Field(default=0, description="Of that change of colours.")
+    grey_prob: Probability = Field(default=0, description="Of making a training image grey.")
     shuffle_window_rows: Positive = Field(
         default=2048,
         description="Samples shuffled among each other; row groups are shuffled among all.",
@@ -251,6 +262,10 @@ class ClusterConfig(Section):
     )
     num_workers: Positive = Field(default=1, description="Training processes (world size).")
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs that a worker reserves.")
+    readers_per_worker: Positive = Field(
+        default=2,
+        description="Processes that read and decode for a worker, anywhere in the cluster.",
+    )
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs that a worker reserves.")
     max_failures: int = Field(
         default=0, ge=-1, description="Restarts after a worker dies; -1 is without end."

@@ -9,6 +9,7 @@ import io
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
@@ -47,9 +48,9 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from None
 
 
-def decode_prepared(data: bytes) -> Image.Image:
-    """An image of a train shard, which prepare has made an upright RGB JPEG that decodes."""
-    return Image.fromarray(decode_jpeg(data, "RGB", strict=False))
+def decode_prepared(data: bytes | memoryview) -> NDArray[np.uint8]:
+    """An image of a train shard, which prepare has made an upright RGB JPEG: [H, W, 3] uint8."""
+    return decode_jpeg(data, "RGB", strict=False)
 
 
 def smaller_jpeg(data: bytes, image: Image.Image, shorter_side: int | None, quality: int) -> bytes:

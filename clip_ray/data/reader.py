@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_ray.config import DataConfig
-from clip_ray.data.shards import Shard
+from clip_ray.data.shards import SCHEMA, Shard
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
 
@@ -49,8 +49,10 @@ class ShardReader:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def rows(self, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The rows at `indices`, in that order, each a dict of SCHEMA's columns.
+    def rows(
+        self, indices: Iterable[int], columns: Sequence[str] = tuple(SCHEMA.names)
+    ) -> Iterator[dict[str, Any]]:
+        """The rows at `indices`, in that order, each a dict of `columns`; bytes as memoryviews.
 
         Raises RunError, which names the shard, where storage does not give it after retries.
         """
@@ -61,7 +63,7 @@ class ShardReader:
         self._tables |= zip(missing, self._fetchers.map(self._table, missing), strict=True)
         for shard, group, row in places:
             table = self._tables[shard, group]
-            yield {name: table[name][row].as_py() for name in table.column_names}
+            yield {name: _value(table[name][row]) for name in columns}
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Fetches the row groups of these rows in the background, if they are not there."""
@@ -144,6 +146,12 @@ class ShardReader:
             if path.endswith(".arrow"):
                 Path(path).unlink(missing_ok=True)
                 excess_bytes -= size
+
+
+def _value(scalar: Any) -> Any:
+    if pa.types.is_binary(scalar.type):
+        return memoryview(scalar.as_buffer()).cast("B")
+    return scalar.as_py()
 
 
 def open_reader(config: DataConfig, storage: Storage, shards: Sequence[Shard]) -> ShardReader:

@@ -1,18 +1,20 @@
-"""The training stream: one Ray Data execution for the whole run, in the order of `order.py`.
+"""The training stream: each worker's own Ray Data graph, in the order of `order.py`.
 
-A unit of work is the micro batches of one rank at a few steps. The unit's number says what to read,
-so the stream can begin at any step; each sample carries its step and rank, which the worker checks.
+A unit of work is the micro batches of one rank at a few steps. Units wait at the readers, a few at
+each, so that no reader waits for the scheduler. One execution serves many epochs; a run of any
+length is a chain of them, each begun before the one before it ends.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
@@ -23,20 +25,24 @@ from clip_ray.data.order import Order
 from clip_ray.data.reader import ShardReader, open_reader
 from clip_ray.data.shards import Manifest, Shard
 from clip_ray.data.tokenizer import CaptionTokenizer
-from clip_ray.data.transforms import random_resized_crop
+from clip_ray.data.transforms import augment
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage
 
 Arrays = dict[str, NDArray[Any]]
-# Half a CPU for each reader task: they wait for S3 part of the time.
+# Half a CPU for each reader: they wait for S3 part of the time.
 READER_CPUS = 0.5
-# Ray starts the next task some 0.1 s after one ends: a unit is large enough to make that little.
+# A unit costs Ray some 10 ms: it is large enough to make that little.
 UNIT_IMAGES = 256
+UNITS_AT_READER = 3
+UNITS_PER_LINK = 2000
+# Units before a link's end at which the next one starts its readers, which takes seconds.
+UNITS_AHEAD = 40
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """All that a reader task needs to know; small, since it travels with each task."""
+    """All that a reader needs to know."""
 
     data_root: str
     shards_json: str
@@ -46,7 +52,9 @@ class StreamSpec:
     data: DataConfig
     tokenizer_json: str
     context_length: int
+    readers: int  # for each rank
     steps_per_unit: int  # whose micro batches one task makes
+    units_per_link: int = UNITS_PER_LINK
 
 
 def stream_spec(
@@ -57,9 +65,10 @@ def stream_spec(
     tokenizer: CaptionTokenizer,
     order: Order,
     world_size: int,
+    readers: int,
     image_size: int,
 ) -> StreamSpec:
-    """Gathers what the reader tasks need."""
+    """Gathers what the readers need."""
     return StreamSpec(
         data_root=storage.root,
         shards_json=TypeAdapter(list[Shard]).dump_json(manifest.splits["train"]).decode(),
@@ -69,22 +78,75 @@ def stream_spec(
         data=data,
         tokenizer_json=tokenizer.json_text,
         context_length=tokenizer.context_length,
+        readers=readers,
         steps_per_unit=max(1, UNIT_IMAGES // (order.global_batch // world_size)),
     )
 
 
-def training_stream(spec: StreamSpec, start_step: int, end_step: int) -> ray.data.Dataset:
-    """The units of steps [start_step, end_step), ordered by step, then rank.
+def training_stream(spec: StreamSpec, rank: int, steps: range) -> Iterator[Arrays]:
+    """The micro batches of `rank` at `steps`, in order, for as many epochs as they span.
 
-    Split over `world_size` consumers with the order preserved, rank r gets its own units.
+    Needs a Ray session. The arrays are those of `load_unit`, read-only, for one step each. Raises
+    RunError where the stream brings another step than the next one.
     """
-    units = math.ceil((end_step - start_step) / spec.steps_per_unit) * spec.world_size
-    load: Any = partial(_load_block, spec_ref=ray.put(spec), steps=(start_step, end_step))
-    return ray.data.range(units, override_num_blocks=units).map_batches(
-        load,
-        batch_size=None,
-        num_cpus=READER_CPUS,
-    )
+    return checked_micro_batches(_chain(spec, rank, steps), rank, steps.start)
+
+
+def _chain(spec: StreamSpec, rank: int, steps: range) -> Iterator[Arrays]:
+    link_steps = spec.units_per_link * spec.steps_per_unit
+    link = _Link(spec, rank, steps[:link_steps])
+    while link is not None:
+        following, rest = None, steps[link_steps:]
+        for number, unit in enumerate(link):
+            if rest and following is None and number + UNITS_AHEAD >= spec.units_per_link:
+                following = _Link(spec, rank, rest[:link_steps])
+            yield unit
+        link, steps = following, rest
+
+
+class _Link:
+    """One execution over a range of steps, begun at once."""
+
+    def __init__(self, spec: StreamSpec, rank: int, steps: range) -> None:
+        firsts = steps[:: spec.steps_per_unit]
+        blocks = [pa.table({"first_step": [first]}) for first in firsts]
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.execution_options.preserve_order = True
+        with ray.data.DataContext.current(context):
+            units: Any = ray.data.from_blocks(blocks).map_batches(
+                UnitLoader,
+                fn_constructor_args=(spec, rank, steps.stop),
+                batch_size=None,
+                num_cpus=READER_CPUS,
+                compute=ray.data.ActorPoolStrategy(
+                    size=min(spec.readers, len(blocks)),
+                    max_tasks_in_flight_per_actor=UNITS_AT_READER,
+                ),
+            )
+        self._units = iter(
+            units.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+        )
+        starter = ThreadPoolExecutor(1, thread_name_prefix="next-link")
+        self._first = starter.submit(next, self._units)
+        starter.shutdown(wait=False)
+
+    def __iter__(self) -> Iterator[Arrays]:
+        yield self._first.result()
+        yield from self._units
+
+
+class UnitLoader:
+    """A reader: the actor that makes units."""
+
+    def __init__(self, spec: StreamSpec, rank: int, end_step: int) -> None:
+        self._spec, self._rank, self._end_step = spec, rank, end_step
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """The unit that begins at the step in `batch`."""
+        (first,) = batch["first_step"].tolist()
+        last = min(first + self._spec.steps_per_unit, self._end_step)
+        return load_unit(self._spec, self._rank, range(first, last))
 
 
 def checked_micro_batches(units: Iterator[Arrays], rank: int, start_step: int) -> Iterator[Arrays]:
@@ -105,25 +167,30 @@ def checked_micro_batches(units: Iterator[Arrays], rank: int, start_step: int) -
             start, step = end, step + 1
 
 
-def _load_block(batch: Arrays, spec_ref: Any, steps: tuple[int, int]) -> Arrays:
-    spec: Any = ray.get(spec_ref)
-    (number,) = batch["id"].tolist()
-    return load_unit(spec, number, *steps)
-
-
-def load_unit(spec: StreamSpec, unit: int, start_step: int, end_step: int) -> Arrays:
-    """Reads, decodes, crops and tokenises a unit: one rank's micro batches of its steps.
+def load_unit(spec: StreamSpec, rank: int, steps: range) -> Arrays:
+    """Reads, decodes, crops and tokenises a unit: the micro batches of `rank` at `steps`.
 
     Returns images [B, H, W, 3] uint8, token_ids [B, L] int32, token_lengths [B] int32,
     sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all steps of the unit.
     """
-    number, rank = divmod(unit, spec.world_size)
-    first = start_step + number * spec.steps_per_unit
-    steps = range(first, min(first + spec.steps_per_unit, end_step))
     _prefetch(spec, steps, rank)
-    micro_batches = [_load_micro_batch(spec, step, rank) for step in steps]
+    slices = [np.array_split(spec.order.sample_ids(step), spec.world_size)[rank] for step in steps]
+    sample_ids = np.concatenate(slices)
+    place = np.repeat([(step, rank) for step in steps], [len(part) for part in slices], axis=0)
+    rows = _reader(spec).rows(sample_ids.tolist(), columns=("image", "captions"))
+    images = np.empty((len(sample_ids), spec.image_size, spec.image_size, 3), dtype=np.uint8)
+    texts = []
+    for number, row in enumerate(rows):
+        rng = spec.order.rng(int(place[number, 0]), int(sample_ids[number]))
+        texts.append(row["captions"][rng.integers(len(row["captions"]))])
+        images[number] = augment(decode_prepared(row["image"]), spec.image_size, spec.data, rng)
+    token_ids, token_lengths = _tokenizer(spec)(texts)
     return {
-        name: np.concatenate([part[name] for part in micro_batches]) for name in micro_batches[0]
+        "images": images,
+        "token_ids": token_ids,
+        "token_lengths": token_lengths,
+        "sample_ids": sample_ids,
+        "place": place,
     }
 
 
@@ -133,26 +200,6 @@ def _prefetch(spec: StreamSpec, steps: range, rank: int) -> None:
     for step in steps:
         starts = spec.order.blocks_ahead(step)[rank :: spec.world_size] * rows
         reader.prefetch(min(start, len(reader) - 1) for start in starts.tolist())
-
-
-def _load_micro_batch(spec: StreamSpec, step: int, rank: int) -> Arrays:
-    reader, tokenizer = _reader(spec), _tokenizer(spec)
-    mine = np.array_split(spec.order.sample_ids(step), spec.world_size)[rank]
-    images, captions = [], []
-    for sample_id, row in zip(mine, reader.rows(mine.tolist()), strict=True):
-        rng = spec.order.rng(step, int(sample_id))
-        captions.append(row["captions"][rng.integers(len(row["captions"]))])
-        crop = (spec.data.crop_scale, spec.data.crop_ratio)
-        image = decode_prepared(row["image"])
-        images.append(random_resized_crop(image, spec.image_size, *crop, rng))
-    token_ids, token_lengths = tokenizer(captions)
-    return {
-        "images": np.stack(images),
-        "token_ids": token_ids,
-        "token_lengths": token_lengths,
-        "sample_ids": mine,
-        "place": np.tile(np.array([[step, rank]], dtype=np.int64), (len(mine), 1)),
-    }
 
 
 # A reader process serves many units: what it opened once, it keeps.

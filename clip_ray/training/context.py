@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 class WorkerContext(Protocol):
     """A worker's view of its run."""
 
-    def units(self) -> Iterator[dict[str, NDArray[Any]]]:
-        """This rank's micro batches (data.stream), from the step that the run resumes at."""
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """This rank's micro batches (data.stream) from `start_step` on."""
         ...
 
     def progress(self, state: dict[str, Any]) -> None:

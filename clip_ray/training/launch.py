@@ -10,19 +10,18 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import ray
+import ray.data
 import ray.train
 import torch
 from numpy.typing import NDArray
-from ray.train import DataConfig as RayDataConfig
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from clip_ray.config import Config
 from clip_ray.config_file import parse_config
 from clip_ray.data.shards import read_column, read_manifest
-from clip_ray.data.stream import checked_micro_batches, stream_spec, training_stream
+from clip_ray.data.stream import READER_CPUS, StreamSpec, stream_spec, training_stream
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
@@ -53,9 +52,11 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        # Readers get CPUs of their own beside the workers', or a small machine would never start.
+        # Readers get CPUs of their own beside the workers', or a small machine would never start;
+        # twice, since a link of the stream begins before the last one ends.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        wanted = config.cluster.num_workers * config.cluster.cpus_per_worker + 2
+        readers_cpus = 2 * READER_CPUS * config.cluster.readers_per_worker
+        wanted = config.cluster.num_workers * (config.cluster.cpus_per_worker + readers_cpus) + 1
         arguments |= {
             "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)),
             "include_dashboard": dashboard,
@@ -129,18 +130,18 @@ def _fit(
         tokenizer=tokenizer,
         order=make_order(config, manifest),
         world_size=config.cluster.num_workers,
+        readers=config.cluster.readers_per_worker,
         image_size=config.model.image.size,
     )
-
-    def stream() -> ray.data.Dataset:
-        # Called at each start of the worker group: after a failure the run begins further on.
-        return training_stream(spec, _resume_step(config), total_steps)
-
-    execution = ray.data.ExecutionOptions(preserve_order=True)
     with _progress(config.logging.progress_interval_s) as board:
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"config": config.model_dump(mode="json"), "board": board},
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "spec": spec,
+                "total_steps": total_steps,
+                "board": board,
+            },
             scaling_config=ScalingConfig(
                 num_workers=config.cluster.num_workers,
                 use_gpu=config.cluster.gpus_per_worker > 0,
@@ -160,8 +161,6 @@ def _fit(
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
                 callbacks=list(callbacks),
             ),
-            datasets={"train": stream},
-            dataset_config=RayDataConfig(execution_options=execution),
         )
         try:
             trainer.fit()
@@ -169,11 +168,6 @@ def _fit(
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             raise RunError(f"training failed: {_root_cause(error)}") from error
-
-
-def _resume_step(config: Config) -> int:
-    newest = Checkpoints(Storage(config.run_root)).newest()
-    return newest.step if newest else 0
 
 
 def _worker(loop_config: dict[str, Any]) -> None:
@@ -186,32 +180,28 @@ def _worker(loop_config: dict[str, Any]) -> None:
     run = Storage(config.run_root)
     tokenizer_json = run.read_bytes(TOKENIZER_KEY).decode()
     tokenizer = CaptionTokenizer(tokenizer_json, config.model.text.context_length)
-    Trainer(config, tokenizer, _RayContext(config, loop_config["board"])).train()
+    Trainer(
+        config,
+        tokenizer,
+        _RayContext(*(loop_config[name] for name in ("spec", "total_steps", "board"))),
+    ).train()
 
 
 class _RayContext:
     """training.context.WorkerContext over Ray Train."""
 
-    def __init__(self, config: Config, board: Any) -> None:
-        self._config, self._board = config, board
+    def __init__(self, spec: StreamSpec, total_steps: int, board: Any) -> None:
+        self._spec, self._total_steps, self._board = spec, total_steps, board
 
-    def units(self) -> Iterator[dict[str, NDArray[Any]]]:
-        shard: Any = ray.train.get_dataset_shard("train")
-        batches: Any = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
+    def micro_batches(self, start_step: int) -> Iterator[dict[str, NDArray[Any]]]:
         rank = ray.train.get_context().get_world_rank()
-        start = _resume_step(self._config)
-        return checked_micro_batches(map(_writable, batches), rank, start)
+        return training_stream(self._spec, rank, range(start_step, self._total_steps))
 
     def progress(self, state: dict[str, Any]) -> None:
         self._board.put.remote(state)
 
     def report(self, metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
-
-
-def _writable(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    # Blocks in the object store are read-only; torch.from_numpy wants arrays it may own.
-    return {name: np.array(array) for name, array in batch.items()}
 
 
 @ray.remote(num_cpus=0)

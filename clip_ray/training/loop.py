@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from clip_ray.collectives import barrier, broadcast_object, mean_over_ranks, rank
 from clip_ray.config import Config
@@ -47,12 +49,11 @@ class Trainer:
 
     def train(self) -> None:
         """Runs from the newest checkpoint to the last step."""
-        units = self.context.units()
+        micro_batches = self.context.micro_batches(self.start_step)
         self._clock = self.start_step, time.monotonic()
         self._started = self._clock
         for step in range(self.start_step, self.total_steps):
-            unit = next(units)
-            batch = {name: torch.from_numpy(unit[name]).to(self.engine.device) for name in INPUTS}
+            batch = self._on_device(next(micro_batches))
             lr = learning_rate(step, self.total_steps, self.config.optim)
             result = self.engine.train_step(batch, lr)
             done = step + 1
@@ -61,6 +62,12 @@ class Trainer:
                 self._log_step(done, result, lr)
             if ends_epoch:
                 self._end_epoch(done)
+
+    def _on_device(self, micro_batch: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+        with warnings.catch_warnings():  # Ray's arrays are read-only, and nobody writes to them
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(micro_batch[name]) for name in INPUTS}
+        return {name: tensor.to(self.engine.device) for name, tensor in tensors.items()}
 
     def _log_step(self, step: int, result: StepResult, lr: float) -> None:
         last_step, last_time = self._clock

@@ -7,6 +7,9 @@ from clip_ray.data.order import Order
 from clip_ray.data.shards import Manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
 
+AUGMENTATION = {
+    "crop_scale", "crop_ratio", "flip_prob", "color_jitter", "color_jitter_prob", "grey_prob",
+}  # fmt: skip
 METRICS_KEY = "metrics.jsonl"
 TOKENIZER_KEY = "tokenizer.json"
 
@@ -36,6 +39,6 @@ def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer
         "data": manifest.sha256,
         "data.row_group_rows": str(config.data.row_group_rows),
         "data.shuffle_window_rows": str(config.data.shuffle_window_rows),
-        "data.crop": f"{config.data.crop_scale} {config.data.crop_ratio}",
+        "data.augmentation": config.data.model_dump_json(include=AUGMENTATION),
         "tokenizer": tokenizer.sha256,
     }

@@ -24,7 +24,7 @@ from clip_ray.config_file import load_config
 from clip_ray.data.images import decode_rgb
 from clip_ray.data.shapes import write_shapes
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
-from clip_ray.data.transforms import center_crop, random_resized_crop
+from clip_ray.data.transforms import augment, center_crop
 from clip_ray.loss.reference import info_nce_reference
 from clip_ray.model.clip import CLIP
 
@@ -95,14 +95,7 @@ def train(config: Config, records: list[Record], tokenizer: CaptionTokenizer) ->
             order = rng.permutation(len(images))
         ids = order[step_of_epoch * batch : (step_of_epoch + 1) * batch]
         crops = [
-            random_resized_crop(
-                images[i],
-                config.model.image.size,
-                config.data.crop_scale,
-                config.data.crop_ratio,
-                rng,
-            )
-            for i in ids
+            augment(np.asarray(images[i]), config.model.image.size, config.data, rng) for i in ids
         ]
         texts = [records[i].captions[rng.integers(len(records[i].captions))] for i in ids]
         loss = info_nce_reference(*features(model, np.stack(crops), texts, tokenizer))

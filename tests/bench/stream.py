@@ -164,12 +164,10 @@ def prepare_side(arguments: argparse.Namespace) -> dict[str, float]:
 def ours_side(arguments: argparse.Namespace) -> dict[str, float]:
     import shutil
 
-    import ray
-    import ray.data
     import torch
 
     from clip_ray.data.shards import read_manifest
-    from clip_ray.data.stream import checked_micro_batches, stream_spec, training_stream
+    from clip_ray.data.stream import stream_spec, training_stream
     from clip_ray.data.tokenizer import make_tokenizer
     from clip_ray.training.launch import ray_session
     from clip_ray.training.run import make_order
@@ -183,18 +181,12 @@ def ours_side(arguments: argparse.Namespace) -> dict[str, float]:
         spec = stream_spec(
             data=config.data, storage=storage, manifest=manifest,
             tokenizer=make_tokenizer(config.model.text, ["photograph number of nothing"]),
-            order=make_order(config, manifest), world_size=1, image_size=SIZE,
+            order=make_order(config, manifest), world_size=1,
+            readers=READERS, image_size=SIZE,
         )  # fmt: skip
         steps = spec.order.steps_per_epoch * arguments.epochs
-        data = training_stream(spec, 0, steps)
-        data.context.execution_options.preserve_order = True
-        data.context.execution_options.resource_limits = ray.data.ExecutionResources(
-            cpu=READERS * 0.5
-        )
-        shard: Any = data.streaming_split(1, equal=True)[0]
-        units = shard.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
-        for micro_batch in checked_micro_batches(units, 0, 0):
-            yield len(torch.from_numpy(np.array(micro_batch["images"])))
+        for micro_batch in training_stream(spec, 0, range(steps)):
+            yield len(torch.from_numpy(micro_batch["images"]))
 
     with ray_session(config):
         return measure(batches, arguments)
@@ -255,10 +247,10 @@ def decode_all(data: list[bytes], rounds: int) -> None:
     from clip_ray.data.images import decode_prepared
     from clip_ray.data.transforms import random_resized_crop
 
-    rng = np.random.default_rng(0)
+    rng, crop = np.random.default_rng(0), ((0.9, 1.0), (0.75, 4 / 3))
     for _ in range(rounds):
         for jpeg in data:
-            random_resized_crop(decode_prepared(jpeg), SIZE, (0.9, 1.0), (0.75, 4 / 3), rng)
+            np.asarray(random_resized_crop(decode_prepared(jpeg), SIZE, *crop, rng))
 
 
 def measure(

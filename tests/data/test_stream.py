@@ -49,11 +49,19 @@ def test_the_order_arrives_at_every_world_size_and_timing(small_config: Config) 
 
 def stream_ids(spec: StreamSpec) -> list[list[int]]:
     """The sample ids of each step, the ranks' slices together, consumers slow at random."""
-    data = training_stream(spec, START, END)
-    data.context.execution_options.preserve_order = True
-    shards = data.streaming_split(spec.world_size, equal=True)
-    parts = ray.get([consume.remote(shard, rank) for rank, shard in enumerate(shards)])
+    parts = ray.get([consume.remote(spec, rank) for rank in range(spec.world_size)])
     return [list(itertools.chain(*slices)) for slices in zip(*parts, strict=True)]
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
+def test_a_run_is_a_chain_of_executions(small_config: Config) -> None:
+    with session(small_config, print):
+        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
+        spec = spec_of(small_config, manifest, 2)
+        spec = dataclasses.replace(spec, steps_per_unit=2, units_per_link=2)
+        ids = stream_ids(spec)
+    assert ids == [spec.order.sample_ids(step).tolist() for step in range(START, END)]
 
 
 @pytest.mark.cluster
@@ -86,11 +94,10 @@ def kill_readers(ended: threading.Event, killed: list[int]) -> None:
 
 
 @ray.remote(num_cpus=0)
-def consume(shard, rank: int) -> list[list[int]]:
+def consume(spec: StreamSpec, rank: int) -> list[list[int]]:
     delays = random.Random(rank)
-    units = shard.iter_batches(batch_size=None, batch_format="numpy")
     ids = []
-    for micro_batch in checked_micro_batches(units, rank, START):
+    for micro_batch in training_stream(spec, rank, range(START, END)):
         time.sleep(delays.uniform(0, 0.1 * (1 + rank)))
         ids.append(micro_batch["sample_ids"].tolist())
     return ids
@@ -104,6 +111,7 @@ def spec_of(config: Config, manifest: Manifest, world_size: int) -> StreamSpec:
         tokenizer=make_tokenizer(config.model.text, ["a large red star at the top left"]),
         order=Order(config.seed, manifest.rows("train"), 24, block_rows=8, window_blocks=8),
         world_size=world_size,
+        readers=1,
         image_size=config.model.image.size,
     )
 
@@ -117,7 +125,7 @@ def test_a_sample_is_the_same_at_every_world_size(small_config: Config) -> None:
     for world_size in (1, 3):
         spec = spec_of(small_config, manifest, world_size)
         for rank in range(world_size):
-            unit = load_unit(spec, rank, START, START + 1)
+            unit = load_unit(spec, rank, range(START, START + 1))
             for row, sample_id in enumerate(unit["sample_ids"].tolist()):
                 sample = {name: unit[name][row] for name in ("images", "token_ids")}
                 before = by_id.setdefault(sample_id, sample)
