@@ -45,7 +45,7 @@ def test_a_crop_is_cut_and_then_resized_as_torchvision_does() -> None:
         (left, top, side)
         for left, top, side in boxes
         if left + side <= 90 and top + side <= 80
-        and np.array_equal(drawn, transform(image, top, left, side, side))
+        and np.array_equal(np.asarray(drawn), transform(image, top, left, side, side))
     ]  # fmt: skip
     assert len(found) == 1
 
@@ -80,9 +80,11 @@ def test_colours_change_as_in_torchvision(factor: float) -> None:
         functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation,
     )  # fmt: skip
     for kind, change in enumerate(changes):
-        assert np.array_equal(adjust_color(image, kind, factor), change(image, factor))
+        assert np.array_equal(np.asarray(adjust_color(image, kind, factor)), change(image, factor))
     hue = factor - 1
-    assert np.array_equal(adjust_color(image, 3, hue), functional.adjust_hue(image, hue))
+    assert np.array_equal(
+        np.asarray(adjust_color(image, 3, hue)), functional.adjust_hue(image, hue)
+    )
 
 
 @pytest.mark.parametrize(
