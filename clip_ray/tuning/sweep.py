@@ -135,7 +135,8 @@ def _concurrent_trials(config: Config) -> int:
     """How many trials fit into the cluster together, at least one."""
     cluster = config.cluster
     resources = ray.cluster_resources()
-    cpus = cluster.num_workers * cluster.cpus_per_worker + READER_CPUS
+    readers_cpus = READER_CPUS * cluster.readers_per_worker
+    cpus = cluster.num_workers * (cluster.cpus_per_worker + readers_cpus)
     fits = resources.get("CPU", 0) // cpus
     if cluster.gpus_per_worker:
         gpus = cluster.num_workers * cluster.gpus_per_worker
