@@ -58,11 +58,12 @@ class ShardReader:
         """
         places = [self._place(index) for index in indices]
         groups = {(shard, group) for shard, group, _ in places}
-        self._tables = {place: table for place, table in self._tables.items() if place in groups}
-        missing = [place for place in groups if place not in self._tables]
-        self._tables |= zip(missing, self._fetchers.map(self._table, missing), strict=True)
+        tables = {place: table for place, table in self._tables.items() if place in groups}
+        missing = [place for place in groups if place not in tables]
+        tables |= zip(missing, self._fetchers.map(self._table, missing), strict=True)
+        self._tables = tables
         for shard, group, row in places:
-            table = self._tables[shard, group]
+            table = tables[shard, group]
             yield {name: _value(table[name][row]) for name in columns}
 
     def prefetch(self, indices: Iterable[int]) -> None:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import ray.data
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from ray.data import ExecutionResources
 
 from clip_ray.config import DataConfig
 from clip_ray.data.images import decode_prepared
@@ -32,9 +33,15 @@ from clip_ray.storage import Storage
 Arrays = dict[str, NDArray[Any]]
 # Half a CPU for each reader: they wait for S3 part of the time.
 READER_CPUS = 0.5
-# A unit costs Ray some 10 ms: it is large enough to make that little.
-UNIT_IMAGES = 256
-UNITS_AT_READER = 3
+# A unit costs Ray some 10 ms: it is large enough to make that little, and small enough that the
+# batches of all readers come evenly.
+UNIT_IMAGES = 128
+# At each reader, two of them begun: one is handed on while the next is made.
+UNITS_AT_READER = 4
+UNITS_BEGUN = 2
+# Of a worker's finished units in the object store, so that nothing spills. Beside them are those
+# at the readers and three on their way to the worker.
+STORE_BYTES = 256 * 2**20
 UNITS_PER_LINK = 2000
 # Units before a link's end at which the next one starts its readers, which takes seconds.
 UNITS_AHEAD = 40
@@ -55,6 +62,12 @@ class StreamSpec:
     readers: int  # for each rank
     steps_per_unit: int  # whose micro batches one task makes
     units_per_link: int = UNITS_PER_LINK
+
+    @property
+    def unit_bytes(self) -> int:
+        """Size of a unit's images."""
+        micro_batch = self.order.global_batch // self.world_size
+        return self.steps_per_unit * micro_batch * self.image_size**2 * 3
 
 
 def stream_spec(
@@ -113,6 +126,9 @@ class _Link:
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.execution_options.preserve_order = True
+        context.execution_options.resource_limits = ExecutionResources(
+            object_store_memory=max(STORE_BYTES, 2 * spec.unit_bytes)
+        )
         with ray.data.DataContext.current(context):
             units: Any = ray.data.from_blocks(blocks).map_batches(
                 UnitLoader,
@@ -122,6 +138,7 @@ class _Link:
                 compute=ray.data.ActorPoolStrategy(
                     size=min(spec.readers, len(blocks)),
                     max_tasks_in_flight_per_actor=UNITS_AT_READER,
+                    max_concurrent_calls_per_actor=UNITS_BEGUN,
                 ),
             )
         self._units = iter(

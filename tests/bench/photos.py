@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 500, 375
 TEXTURES = 24
+HELD_OUT = 8  # images each of val and test, which no bench reads
 
 
 def photos(count: int) -> Iterator[bytes]:
@@ -28,5 +31,23 @@ def photos(count: int) -> Iterator[bytes]:
 @lru_cache(maxsize=TEXTURES)
 def texture(number: int) -> np.ndarray:
     rng = np.random.default_rng(1000 + number)
-    fine = rng.normal(0, 27, (HEIGHT, WIDTH, 1))
+    fine = rng.normal(0, 28.5, (HEIGHT, WIDTH, 1))
     return (fine + rng.normal(0, 5, (HEIGHT, WIDTH, 3))).astype(np.int16)
+
+
+def caption(number: int) -> str:
+    return f"Photograph number {number}, of nothing in particular ."
+
+
+def write_raw_set(folder: Path, count: int) -> list[bytes]:
+    """A raw folder of `count` train images, with a few of val and test; returns the train JPEGs."""
+    (folder / "images").mkdir(parents=True)
+    jpegs = list(photos(count + 2 * HELD_OUT))
+    splits = ["train"] * count + ["val"] * HELD_OUT + ["test"] * HELD_OUT
+    with (folder / "pairs.jsonl").open("w") as table:
+        for number, (jpeg, split) in enumerate(zip(jpegs, splits, strict=True)):
+            name = f"{number:06d}.jpg"
+            (folder / "images" / name).write_bytes(jpeg)
+            row = {"image": name, "caption": caption(number), "split": split}
+            table.write(json.dumps(row) + "\n")
+    return jpegs[:count]

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray._private.internal_api import memory_summary
 
 from clip_ray.config import Config
 from clip_ray.data.order import Order
@@ -79,6 +80,24 @@ def test_killed_readers_change_nothing(small_config: Config) -> None:
         killer.join()
     assert killed
     assert ids == [spec.order.sample_ids(step).tolist() for step in range(START, END)]
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
+def test_a_slow_consumer_makes_nothing_spill(small_config: Config) -> None:
+    """Twice the object store's size goes through it, much slower than the reader could."""
+    store_bytes = 512 * 2**20
+    ray.init("local", num_cpus=4, object_store_memory=store_bytes, include_dashboard=False)
+    try:
+        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
+        spec = dataclasses.replace(spec_of(small_config, manifest, 1), image_size=224)
+        steps = 2 * store_bytes // (24 * 224 * 224 * 3)
+        for micro_batch in training_stream(spec, 0, range(steps)):
+            assert len(micro_batch["images"]) == 24
+            time.sleep(0.03)
+        assert "Spilled" not in memory_summary(stats_only=True)
+    finally:
+        ray.shutdown()
 
 
 def kill_readers(ended: threading.Event, killed: list[int]) -> None:

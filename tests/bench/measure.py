@@ -1,0 +1,83 @@
+"""What benches measure of a pipeline of batches: rates, waits, memory, CPU time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import psutil
+
+WARM_SHARE = 0.2  # of the first epoch, which the steady state leaves out
+AROUND = 3  # batches on each side of an epoch's end in which the longest wait is sought
+
+
+def measure(batches: Callable[[], Iterator[int]], images: int, epochs: int) -> dict[str, float]:
+    """Consumes batches of so many images each, as fast as they come.
+
+    `steady` and `total` are images per second; `epoch_gap_s` is the longest wait around an epoch's
+    end less the median interval between batches; `start_s` is the life of this process before.
+    """
+    start_s = time.time() - psutil.Process().create_time()
+    peak = PeakMemory()
+    started = time.perf_counter()
+    times_s, counts = [started], [0]
+    for count in batches():
+        times_s.append(time.perf_counter())
+        counts.append(count)
+    done, waits_s = np.cumsum(counts), np.diff(times_s)
+    warm = int(np.searchsorted(done, WARM_SHARE * images))
+    per_epoch = len(waits_s) // epochs
+    at_ends = [
+        max(waits_s[epoch * per_epoch - AROUND : epoch * per_epoch + AROUND + 1])
+        for epoch in range(1, epochs)
+    ]
+    return {
+        "steady": float((done[-1] - done[warm]) / (times_s[-1] - times_s[warm])),
+        "total": float(done[-1] / (times_s[-1] - started)),
+        "start_s": start_s,
+        "first_batch_s": float(waits_s[0]),
+        "epoch_gap_s": float(max(at_ends, default=0.0) - np.median(waits_s[warm:])),
+        **peak.stop(),
+    }
+
+
+class PeakMemory:
+    """The largest sum of PSS over this process and its descendants, Ray's own apart."""
+
+    def __init__(self) -> None:
+        self._peak = {"pss_ours_mib": 0.0, "pss_ray_mib": 0.0}
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> dict[str, float]:
+        self._ended.set()
+        self._thread.join()
+        return self._peak
+
+    def _watch(self) -> None:
+        while not self._ended.wait(2):
+            sums = dict.fromkeys(self._peak, 0.0)
+            me = psutil.Process()
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    name = process.name() + " ".join(process.cmdline()[:1])
+                    pss = process.memory_full_info().pss / 2**20
+                except psutil.Error:
+                    continue
+                is_ray = any(word in name for word in ("raylet", "gcs_server", "ray/", "ray::IDLE"))
+                sums["pss_ray_mib" if is_ray else "pss_ours_mib"] += pss
+            if sum(sums.values()) > sum(self._peak.values()):
+                self._peak = sums
+
+
+def store_cpu_s() -> float:
+    """CPU seconds so far of the embedded object store."""
+    total_s = 0.0
+    for process in psutil.process_iter(["name"]):
+        if process.info["name"] == "weed":
+            times = process.cpu_times()
+            total_s += times.user + times.system
+    return total_s
