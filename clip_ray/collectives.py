@@ -24,16 +24,11 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
+        return all_gather(local)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # gloo has no reduce-scatter for all types: reduce everything, keep our part.
-        gathered = grads[0].contiguous()
-        dist.all_reduce(gathered)
-        return gathered.chunk(dist.get_world_size())[dist.get_rank()]
+        return reduce_scatter(grads[0])
 
 
 def all_gather_with_grad(local: Tensor) -> Tensor:
@@ -48,6 +43,84 @@ def all_gather_with_grad(local: Tensor) -> Tensor:
     gathered = _AllGather.apply(local)
     assert isinstance(gathered, Tensor)
     return gathered
+
+
+def all_gather(local: Tensor) -> Tensor:
+    """Rows [B, …] of each rank to [W·B, …], by rank. Every rank must call it, with the same B."""
+    if world_size() == 1:
+        return local
+    gathered = local.new_empty(world_size() * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local.contiguous())
+    return gathered
+
+
+def reduce_scatter(tensor: Tensor) -> Tensor:
+    """The sum over ranks of this rank's part of [W·B, …]: [B, …]. Every rank must call it."""
+    if world_size() == 1:
+        return tensor
+    part = tensor.new_empty(len(tensor) // world_size(), *tensor.shape[1:])
+    dist.reduce_scatter_tensor(part, tensor.contiguous())
+    return part
+
+
+def all_reduce_logsumexp(logarithms: Tensor) -> Tensor:
+    """log of the sum over ranks of e^x, for each element. Every rank must call it."""
+    if world_size() == 1:
+        return logarithms
+    largest = logarithms.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    finite = largest.clamp_min(torch.finfo(largest.dtype).min)
+    total = (logarithms - finite).exp_()
+    dist.all_reduce(total)
+    return total.log_().add_(finite)
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """A sum of the ranks' means over rows; its gradient reaches every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def mean_over_ranks_with_grad(rows: Tensor) -> Tensor:
+    """The mean [D] of the rows [B, D] of all ranks; differentiable as `all_gather_with_grad`."""
+    mean = rows.mean(0)
+    if world_size() == 1:
+        return mean
+    total = _MeanOverRanks.apply(mean)
+    assert isinstance(total, Tensor)
+    return total / world_size()
+
+
+class Shift:
+    """Tensors on their way to the next rank, while those of the rank before arrive."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._arriving = [torch.empty_like(tensor) for tensor in tensors]
+        self._sent = [tensor.contiguous() for tensor in tensors]  # kept until they have gone
+        self._works: list[Any] = []
+        if world_size() == 1:
+            self._arriving = self._sent
+            return
+        following, before = (rank() + 1) % world_size(), (rank() - 1) % world_size()
+        sends = [dist.P2POp(dist.isend, tensor, following) for tensor in self._sent]
+        receives = [dist.P2POp(dist.irecv, tensor, before) for tensor in self._arriving]
+        self._works = dist.batch_isend_irecv([*sends, *receives])
+
+    def wait(self) -> list[Tensor]:
+        """What has arrived."""
+        for work in self._works:
+            work.wait()
+        return self._arriving
 
 
 def gather_rows(local: Tensor) -> Tensor:

@@ -190,14 +190,37 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    """Symmetric cross-entropy over the global batch."""
+    """How image-caption pairs of the global batch are contrasted."""
 
+    kind: Literal["info_nce", "sigmoid"] = Field(
+        default="info_nce",
+        description="Symmetric cross-entropy (CLIP), or a sigmoid for each pair, with a bias "
+        "(SigLIP).",
+    )
+    method: Literal["auto", "gathered", "tiled", "ring"] = Field(
+        default="auto",
+        description="All equal; gathered holds B×G logits, tiled one tile of them and all "
+        "features, ring a tile and the features of two workers; auto chooses by size.",
+    )
+    tile: Annotated[int, Field(ge=1)] = Field(
+        default=1024, description="Rows and columns of logits that tiled and ring hold at a time."
+    )
+    positives: Literal["shared", "masked"] = Field(
+        default="shared",
+        description="Where data.captions_per_image is more than 1, an image's captions share its "
+        "target; masked contrasts each pair alone and leaves its image's other captions out.",
+    )
+    label_smoothing: Share = Field(
+        default=0, description="Share of InfoNCE's target that is spread over the global batch."
+    )
     temperature: float = Field(
         default=0.07, gt=0, le=10, description="Initial temperature: logit_scale = ln(1 / it)."
     )
+    learn_temperature: bool = Field(default=True, description="Whether logit_scale is trained.")
     max_scale: float = Field(
         default=100.0, ge=1, description="Bound on exp(logit_scale), clamped on the fp32 master."
     )
+    bias: float = Field(default=-10.0, description="Initial logit_bias of the sigmoid loss.")
 
     @model_validator(mode="after")
     def _starts_within_the_bound(self) -> LossConfig:
@@ -206,6 +229,17 @@ class LossConfig(Section):
                 f"temperature is {self.temperature}: 1 / temperature must be at most "
                 f"max_scale ({self.max_scale})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _smooths_a_target(self) -> LossConfig:
+        if self.label_smoothing and (self.kind, self.positives) != ("info_nce", "shared"):
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}: only kind info_nce with shared "
+                "positives has a target to smooth; set it to 0"
+            )
+        if self.kind == "sigmoid" and self.positives == "masked":
+            raise ValueError("positives is masked: kind sigmoid has no denominator; take shared")
         return self
 
 
