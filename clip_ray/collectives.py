@@ -145,6 +145,14 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(value) / world_size()
 
 
+def any_rank(flag: Tensor) -> bool:
+    """Whether a bool is true on some rank. Every rank must call it."""
+    if world_size() > 1:
+        flag = flag.int()
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value`, on every rank. Every rank must call it."""
     if world_size() == 1:

@@ -106,6 +106,10 @@ class DataConfig(Section):
         default=4096, gt=0, description="Size of that cache; two shuffle windows is the least."
     )
 
+    captions_per_image: Positive = Field(
+        default=1, description="Captions drawn for an image and step; more are all its positives."
+    )
+
     @model_validator(mode="after")
     def _ranges_ascend(self) -> DataConfig:
         for field in ("crop_scale", "crop_ratio"):
@@ -271,7 +275,8 @@ class TrainConfig(Section):
     )
     micro_batch: Positive | None = Field(
         default=None,
-        description="Pairs per worker and step; null takes global_batch / cluster.num_workers.",
+        description="Pairs in a forward; null takes global_batch / cluster.num_workers. A part of "
+        "that is run in several forwards, each of them twice, with the whole batch's gradient.",
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=2, description="DeepSpeed ZeRO stage."
@@ -279,6 +284,29 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Of the forward and backward; the master weights are fp32."
     )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        default="none",
+        description="What is kept in the host's memory: the optimizer's state (ZeRO 1 to 3), or "
+        "the parameters too (ZeRO 3).",
+    )
+    recompute: tuple[Literal["image", "text"], ...] = Field(
+        default=(), description="Towers whose activations are computed again in the backward."
+    )
+    max_skipped_in_a_row: Annotated[int, Field(ge=0)] = Field(
+        default=10,
+        description="Steps with a loss that is not finite are skipped; more than so many end the "
+        "run.",
+    )
+
+    @model_validator(mode="after")
+    def _offloads_what_is_sharded(self) -> TrainConfig:
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload}: needs zero_stage {least} or more, not "
+                f"{self.zero_stage}"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -350,9 +378,14 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def micro_batch(self) -> int:
-        """Pairs per worker and step."""
+    def local_batch(self) -> int:
+        """Images per worker and step."""
         return self.train.global_batch // self.cluster.num_workers
+
+    @property
+    def micro_batch(self) -> int:
+        """Images in a forward."""
+        return self.train.micro_batch or self.local_batch
 
     @property
     def run_root(self) -> str:
@@ -374,9 +407,9 @@ class Config(Section):
                 f"train.global_batch is {global_batch}: cluster.num_workers ({workers}) must "
                 f"divide it; take {fix}"
             )
-        if self.train.micro_batch not in (None, self.micro_batch):
+        if self.local_batch % self.micro_batch:
             raise ValueError(
-                f"train.micro_batch is {self.train.micro_batch}: must be train.global_batch / "
-                f"cluster.num_workers = {self.micro_batch}; change one of the three"
+                f"train.micro_batch is {self.micro_batch}: must divide train.global_batch / "
+                f"cluster.num_workers = {self.local_batch}; change one of the three"
             )
         return self

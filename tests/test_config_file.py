@@ -42,7 +42,7 @@ def test_all_mistakes_come_in_one_report() -> None:
     ("override", "said"),
     [
         ("train.global_batch=33", "cluster.num_workers (2) must divide it; take 32 or 34"),
-        ("train.micro_batch=5", "must be train.global_batch / cluster.num_workers"),
+        ("train.micro_batch=5", "must divide train.global_batch / cluster.num_workers"),
         ("loss.temperature=0.001", "1 / temperature must be at most max_scale"),
         ("model.preset=vit-b-61", "did you mean 'vit-b-16'?"),
         ("storage.root=/tmp/x", "storage.root is '/tmp/x'"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
+ORIENTATION = 0x0112  # of EXIF; 1 is upright
 # Our own limit, with a reason, stands in for Pillow's warning.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -72,13 +73,15 @@ def smaller_jpeg(data: bytes, image: Image.Image, shorter_side: int | None, qual
 
 def _is_plain_jpeg(data: bytes) -> bool:
     with Image.open(io.BytesIO(data)) as image:
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
         return image.format == "JPEG" and image.mode == "RGB" and orientation == 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
+        if image.getexif().get(ORIENTATION, 1) == 1:
+            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block tells no orientation; the pixels are whole
         return image

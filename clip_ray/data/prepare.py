@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import ray.data
 
 from clip_ray.config import DataConfig
@@ -110,7 +112,10 @@ def _run(
     if todo:
         written = (
             ray.data.from_items(todo, override_num_blocks=len(todo))
-            .map(partial(_write_shard, root=storage.root, config_json=config.model_dump_json()))
+            .map(
+                partial(_write_shard, root=storage.root, config_json=config.model_dump_json()),
+                num_cpus=_cpus_of_a_task(),
+            )
             .iter_rows()
         )
         for done, result in enumerate(written, len(results) + 1):
@@ -124,6 +129,13 @@ def _run(
             shards[plan["split"]].append(Shard.model_validate(result["shard"]))
         quarantined += [Quarantined.model_validate(item) for item in result["quarantined"]]
     return shards, quarantined
+
+
+def _cpus_of_a_task() -> int:
+    """One core's worth: on a single machine, Ray may have been told more CPUs than it has."""
+    if len(ray.nodes()) > 1:
+        return 1
+    return max(1, int(ray.cluster_resources()["CPU"] // (os.cpu_count() or 1)))
 
 
 def _finish(

@@ -103,7 +103,8 @@ def fingerprint(config: DataConfig) -> str:
 # What may differ without the shards being others.
 _FREE = {
     "name", "source", "zero_shot_source", "max_quarantined_share",
-    "crop_scale", "crop_ratio", "shuffle_window_rows", "cache_dir", "cache_mib",
+    "crop_scale", "crop_ratio", "flip_prob", "color_jitter", "color_jitter_prob", "grey_prob",
+    "captions_per_image", "shuffle_window_rows", "cache_dir", "cache_mib",
 }  # fmt: skip
 
 

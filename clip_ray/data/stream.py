@@ -7,7 +7,7 @@ length is a chain of them, each begun before the one before it ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -187,8 +187,9 @@ def checked_micro_batches(units: Iterator[Arrays], rank: int, start_step: int) -
 def load_unit(spec: StreamSpec, rank: int, steps: range) -> Arrays:
     """Reads, decodes, crops and tokenises a unit: the micro batches of `rank` at `steps`.
 
-    Returns images [B, H, W, 3] uint8, token_ids [B, L] int32, token_lengths [B] int32,
-    sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all steps of the unit.
+    Returns images [B, H, W, 3] uint8, token_ids [B, k, L] int32, token_lengths [B, k] int32 of the
+    k captions of each image, sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all
+    steps of the unit.
     """
     _prefetch(spec, steps, rank)
     slices = [np.array_split(spec.order.sample_ids(step), spec.world_size)[rank] for step in steps]
@@ -199,16 +200,25 @@ def load_unit(spec: StreamSpec, rank: int, steps: range) -> Arrays:
     texts = []
     for number, row in enumerate(rows):
         rng = spec.order.rng(int(place[number, 0]), int(sample_ids[number]))
-        texts.append(row["captions"][rng.integers(len(row["captions"]))])
+        texts += _draw(row["captions"], spec.data.captions_per_image, rng)
         images[number] = augment(decode_prepared(row["image"]), spec.image_size, spec.data, rng)
     token_ids, token_lengths = _tokenizer(spec)(texts)
+    captions = (len(sample_ids), spec.data.captions_per_image)
     return {
         "images": images,
-        "token_ids": token_ids,
-        "token_lengths": token_lengths,
+        "token_ids": token_ids.reshape(*captions, -1),
+        "token_lengths": token_lengths.reshape(captions),
         "sample_ids": sample_ids,
         "place": place,
     }
+
+
+def _draw(captions: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """`count` captions, each once before any comes again."""
+    if count == 1:
+        return [captions[int(rng.integers(len(captions)))]]
+    order: list[int] = rng.permutation(len(captions)).tolist()
+    return [captions[order[number % len(order)]] for number in range(count)]
 
 
 def _prefetch(spec: StreamSpec, steps: range, rank: int) -> None:

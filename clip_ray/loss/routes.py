@@ -1,8 +1,8 @@
 """Two ways for a rank to see every rank's block: all at once, or one after the other in a ring.
 
-`visit(block, result, work, merge)` calls `work(blocks, results)` until it has seen the blocks of all
-ranks; `work` adds to results in place. What all ranks added to this rank's results is merged and
-returned. Every rank must call it, with blocks of the same shapes.
+`visit(block, result, work, merge)` calls `work(blocks, results)` until it has seen the blocks of
+all ranks; `work` adds to results in place. What all ranks added to this rank's results is merged
+and returned. Every rank must call it, with blocks of the same shapes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class AllGather:
     """Every rank holds all blocks: G×D for features, once more for their gradient."""
 
     def visit(self, block: list[Tensor], result: Tensor, work: Work, merge: Merge) -> Tensor:
+        """See the module."""
         results = result.repeat(world_size(), *[1] * (result.ndim - 1))
         work([all_gather(tensor) for tensor in block], results)
         if merge == "sum":
@@ -49,6 +50,7 @@ class Ring:
     """No rank holds more than two blocks; the next one arrives while this one is worked on."""
 
     def visit(self, block: list[Tensor], result: Tensor, work: Work, merge: Merge) -> Tensor:
+        """See the module."""
         add = torch.logaddexp if merge == "logsumexp" else torch.add
         arriving = None
         for hop in range(world_size()):

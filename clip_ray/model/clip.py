@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_ray.config import ModelConfig
+from clip_ray.config import LossConfig, ModelConfig
 from clip_ray.model.towers import ImageTower, TextTower
 
 
@@ -18,7 +18,10 @@ class CLIP(nn.Module):
     `architecture` is a config that builds the same model, without weights, from nothing but itself.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, temperature: float = 0.07) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, loss: LossConfig | None = None
+    ) -> None:
+        loss = loss or LossConfig()
         super().__init__()
         self.image = ImageTower(config.image)
         self.text = TextTower(config.text, vocab_size)
@@ -30,25 +33,31 @@ class CLIP(nn.Module):
         for projection in (self.image_projection, self.text_projection):
             nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
         # Of shape [1]: DeepSpeed cannot shard a parameter without dimensions.
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / temperature)]))
+        self.logit_scale = nn.Parameter(
+            torch.tensor([math.log(1 / loss.temperature)]), requires_grad=loss.learn_temperature
+        )
+        self.logit_bias = (
+            nn.Parameter(torch.tensor([loss.bias])) if loss.kind == "sigmoid" else None
+        )
 
     def forward(
         self,
         images: Tensor | None = None,
         token_ids: Tensor | None = None,
         token_lengths: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Features of what is given, and exp(logit_scale): [B, D], [B, D], [1].
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Features of what is given, exp(logit_scale) and logit_bias: [B, D], [C, D], [1], [1].
 
-        images: [B, H, W, 3] uint8; token_ids: [B, L]; token_lengths: [B]. The scale is returned
-        because under ZeRO-3 it can be read only inside a forward.
+        images: [B, H, W, 3] uint8; token_ids: [C, L]; token_lengths: [C]. Scale and bias are
+        returned because under ZeRO-3 they can be read only inside a forward.
         """
         image_features = text_features = None
         if images is not None:
             image_features = _unit(self.image_projection(self.image(images)))
         if token_ids is not None and token_lengths is not None:
             text_features = _unit(self.text_projection(self.text(token_ids, token_lengths)))
-        return image_features, text_features, _wide(self.logit_scale).exp()
+        bias = None if self.logit_bias is None else _wide(self.logit_bias)
+        return image_features, text_features, _wide(self.logit_scale).exp(), bias
 
 
 def check_model(config: ModelConfig) -> None:

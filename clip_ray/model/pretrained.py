@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from clip_ray.config import ModelConfig
+from clip_ray.config import LossConfig, ModelConfig
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.errors import RunError
@@ -50,7 +50,7 @@ class PretrainedCLIP:
                 for image in images
             ]
             images = torch.from_numpy(np.stack(crops))
-        features, _, _ = self.model(images=images.to(self.device))
+        features, *_ = self.model(images=images.to(self.device))
         return features
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class PretrainedCLIP:
         token_ids, token_lengths = (
             torch.from_numpy(a).to(self.device) for a in self.tokenizer(texts)
         )
-        _, features, _ = self.model(token_ids=token_ids, token_lengths=token_lengths)
+        _, features, *_ = self.model(token_ids=token_ids, token_lengths=token_lengths)
         return features
 
 
@@ -117,7 +117,8 @@ def _load_folder(folder: Path, device: str | torch.device) -> PretrainedCLIP:
             f"{TOKENIZER} is {tokenizer.sha256}"
         )
     config = ModelConfig.model_validate(description["model"])
-    model = CLIP(config, description["vocab_size"])
+    loss = LossConfig(kind="sigmoid") if "logit_bias" in tensors else LossConfig()
+    model = CLIP(config, description["vocab_size"], loss)
     model.load_state_dict(tensors)
     loaded = PretrainedCLIP(model.to(device), tokenizer, config)
     loaded.metadata = metadata

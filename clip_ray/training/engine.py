@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -27,11 +27,13 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from clip_ray.collectives import rank, world_size
-from clip_ray.config import Config, OptimConfig, TrainConfig
-from clip_ray.loss.info_nce import info_nce
+from clip_ray.collectives import any_rank, rank, world_size
+from clip_ray.config import Config
+from clip_ray.loss.contrastive import contrastive_loss
 from clip_ray.model.clip import CLIP
+from clip_ray.training.cached import Outputs, RandomState, leaves_of, surrogate
 
+INPUTS = ("images", "token_ids", "token_lengths")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Where each of DeepSpeed's optimizers keeps the flat fp32 tensors that the inner AdamW updates.
 _FLAT_GROUPS = (
@@ -41,11 +43,15 @@ _FLAT_GROUPS = (
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step left behind: this rank's loss, exp(logit_scale) before it, gradient norm."""
+    """What one step left behind: this rank's loss, exp(logit_scale) before it, gradient norm.
+
+    `skipped`: some rank's loss was not finite, and no rank has stepped.
+    """
 
     loss: Tensor
     scale: Tensor
-    grad_norm: float
+    grad_norm: float = 0.0
+    skipped: bool = False
 
 
 class Engine:
@@ -54,6 +60,7 @@ class Engine:
     def __init__(self, model: CLIP, config: Config) -> None:
         logger.setLevel(logging.WARNING)
         self.max_logit_scale = math.log(config.loss.max_scale)
+        self._loss_config, self._micro_batch = config.loss, config.micro_batch
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optim.weight_decay),
             lr=config.optim.lr,
@@ -64,7 +71,7 @@ class Engine:
         initialised: Any = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config.train, config.optim, config.micro_batch),
+            config=deepspeed_config(config),
             dist_init_required=False,
         )
         self._engine, self._optimizer = initialised[:2]
@@ -79,32 +86,85 @@ class Engine:
         return self._engine.module
 
     def train_step(self, batch: Mapping[str, Tensor], lr: float) -> StepResult:
-        """One optimizer step on this rank's micro batch: images, token_ids, token_lengths."""
+        """One optimizer step on this rank's part of the global batch.
+
+        images: [B, H, W, 3], token_ids: [B, k, L], token_lengths: [B, k], image_ids: [B] where an
+        image may come twice. Larger parts than the micro batch go through the model in several
+        forwards, with the gradient of one (GradCache).
+        """
         self._engine.train()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        images, texts, scale = self._engine(
-            batch["images"], batch["token_ids"], batch["token_lengths"]
-        )
-        loss = info_nce(images, texts, scale)
-        self._engine.backward(loss)
+        image_ids, micro_batches = batch.get("image_ids"), self._micro_batches(batch)
+        if len(micro_batches) == 1:
+            outputs: Outputs = self._engine(**micro_batches[0])
+            loss = self._loss(outputs, image_ids)
+            states, leaves = [], outputs
+        else:
+            states, leaves = self._features_without_graph(micro_batches)
+            loss = self._loss(leaves, image_ids)
+        result = StepResult(loss.detach(), leaves[2].detach())
+        if any_rank(~torch.isfinite(loss)):
+            return replace(result, skipped=True)
+        if states:
+            loss.backward()
+            self._backward_again(micro_batches, states, leaves)
+        else:
+            self._engine.backward(loss)
         self._engine.step()
         self.clamp_logit_scale()
-        return StepResult(
-            loss.detach(), scale.detach(), float(self._engine.get_global_grad_norm() or 0)
-        )
+        return replace(result, grad_norm=float(self._engine.get_global_grad_norm() or 0))
+
+    def _loss(self, outputs: Outputs, image_ids: Tensor | None) -> Tensor:
+        images, texts, scale, bias = outputs
+        return contrastive_loss(images, texts, scale, bias, image_ids, self._loss_config)
+
+    def _micro_batches(self, batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        parts = {name: batch[name].split(self._micro_batch) for name in INPUTS}
+        return [
+            {
+                "images": images,
+                "token_ids": token_ids.flatten(0, 1),
+                "token_lengths": token_lengths.flatten(),
+            }
+            for images, token_ids, token_lengths in zip(*parts.values(), strict=True)
+        ]
+
+    @torch.no_grad()
+    def _features_without_graph(
+        self, micro_batches: list[dict[str, Tensor]]
+    ) -> tuple[list[RandomState], Outputs]:
+        """All outputs of the model as leaves, and the random state before each forward."""
+        states, outputs = [], []
+        for micro_batch in micro_batches:
+            states.append(RandomState(self.device))
+            outputs.append(self._engine(**micro_batch))
+        return states, leaves_of(outputs)
+
+    def _backward_again(
+        self, micro_batches: list[dict[str, Tensor]], states: list[RandomState], leaves: Outputs
+    ) -> None:
+        """Each forward once more, with a graph, and its share of the loss's gradient."""
+        for number, (micro_batch, state) in enumerate(zip(micro_batches, states, strict=True)):
+            last = number == len(micro_batches) - 1
+            self._engine.set_gradient_accumulation_boundary(last)
+            state.restore()
+            outputs = self._engine(**micro_batch)
+            self._engine.backward(surrogate(outputs, leaves, number, len(micro_batches)))
 
     @torch.no_grad()
     def encode(self, **inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Features of images or texts (CLIP.forward's arguments), without gradients."""
         self._engine.eval()
-        images, texts, _ = self._engine(**{k: v.to(self.device) for k, v in inputs.items()})
+        images, texts, *_ = self._engine(**{k: v.to(self.device) for k, v in inputs.items()})
         return images, texts
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Bounds logit_scale on the fp32 master: on the model's copy alone it would be undone."""
         parameter = self.module.logit_scale
+        if not parameter.requires_grad:
+            return
         master = self._master(parameter)
         if float(master) > self.max_logit_scale:
             self._set_master(parameter, torch.full_like(master, self.max_logit_scale))
@@ -113,7 +173,7 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """Every parameter in fp32 and every persistent buffer, on the CPU, by name."""
         tensors = {name: self._master(p).cpu().clone() for name, p in self._parameters()}
-        return tensors | self._buffers()
+        return tensors | self._frozen() | self._buffers()
 
     @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
@@ -124,7 +184,8 @@ class Engine:
             tensors[f"param/{name}"] = self._master(parameter).cpu().clone()
             for key in MOMENTS:
                 tensors[f"{key}/{name}"] = self._moment(parameter, key).cpu().clone()
-        return tensors | {f"buffer/{name}": tensor for name, tensor in self._buffers().items()}
+        kept = self._frozen() | self._buffers()
+        return tensors | {f"buffer/{name}": tensor for name, tensor in kept.items()}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
@@ -137,6 +198,10 @@ class Engine:
         buffers = dict(self.module.named_buffers())
         for name in self._buffers():
             buffers[name].copy_(tensors[f"buffer/{name}"])
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(tensors[f"buffer/{name}"])
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
@@ -146,6 +211,15 @@ class Engine:
         persistent = self.module.state_dict().keys() - parameters.keys()
         buffers = dict(self.module.named_buffers())
         return {name: buffers[name].cpu().clone() for name in sorted(persistent)}
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """The parameters that are not trained, in fp32, on the CPU."""
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    found[name] = parameter.detach().float().cpu().clone()
+        return found
 
     def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
         """ZeRO-0: each parameter's fp32 master, which in fp32 is the parameter itself."""
@@ -223,15 +297,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def deepspeed_config(train: TrainConfig, optim: OptimConfig, micro_batch: int) -> dict[str, Any]:
+def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON, derived; users never write it."""
+    train, optim = config.train, config.optim
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip_norm or 0.0,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": train.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
 

@@ -15,17 +15,16 @@ from clip_ray.config import Config
 from clip_ray.config_file import dump_config
 from clip_ray.data.shards import read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
+from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
 from clip_ray.model.pretrained import pack_weights
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
 from clip_ray.training.context import WorkerContext
-from clip_ray.training.engine import Engine, StepResult
+from clip_ray.training.engine import INPUTS, Engine, StepResult
 from clip_ray.training.run import METRICS_KEY, make_order, run_identity
 from clip_ray.training.schedule import learning_rate
 from clip_ray.training.validation import Validation
-
-INPUTS = ("images", "token_ids", "token_lengths")
 
 
 class Trainer:
@@ -40,11 +39,12 @@ class Trainer:
         self.manifest = read_manifest(data)
         self.order = make_order(config, self.manifest)
         self.total_steps = self.order.steps_per_epoch * config.train.epochs
-        model = CLIP(config.model, tokenizer.vocab_size, config.loss.temperature)
+        model = CLIP(config.model, tokenizer.vocab_size, config.loss)
         self.architecture = model.architecture
         self.engine = Engine(model, config)
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
+        self._skipped = self._skipped_in_a_row = 0
         self.start_step = self._resume()
 
     def train(self) -> None:
@@ -56,6 +56,7 @@ class Trainer:
             batch = self._on_device(next(micro_batches))
             lr = learning_rate(step, self.total_steps, self.config.optim)
             result = self.engine.train_step(batch, lr)
+            self._count_skipped(step, result)
             done = step + 1
             ends_epoch = done % self.order.steps_per_epoch == 0
             if done % self.config.logging.every_steps == 0 or ends_epoch or done == 1:
@@ -63,10 +64,23 @@ class Trainer:
             if ends_epoch:
                 self._end_epoch(done)
 
+    def _count_skipped(self, step: int, result: StepResult) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
+        self._skipped += result.skipped
+        if self._skipped_in_a_row > self.config.train.max_skipped_in_a_row:
+            ids = self.order.sample_ids(step).tolist()
+            raise RunError(
+                f"step {step}: the loss is {float(result.loss)}, for the "
+                f"{self._skipped_in_a_row}th time in a row (train.max_skipped_in_a_row); lower "
+                f"optim.lr or take train.precision=fp32. The batch's samples: {ids}"
+            )
+
     def _on_device(self, micro_batch: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():  # Ray's arrays are read-only, and nobody writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(micro_batch[name]) for name in INPUTS}
+            if self.config.data.captions_per_image > 1:
+                tensors["image_ids"] = torch.from_numpy(micro_batch["sample_ids"])
         return {name: tensor.to(self.engine.device) for name, tensor in tensors.items()}
 
     def _log_step(self, step: int, result: StepResult, lr: float) -> None:
@@ -80,6 +94,7 @@ class Trainer:
             "scale": float(result.scale),
             "lr": lr,
             "grad_norm": result.grad_norm,
+            "skipped": self._skipped,
             "images_per_s": self.config.train.global_batch / step_s,
         }
         self.log.append(entry)

@@ -9,6 +9,7 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 
 AUGMENTATION = {
     "crop_scale", "crop_ratio", "flip_prob", "color_jitter", "color_jitter_prob", "grey_prob",
+    "captions_per_image",
 }  # fmt: skip
 METRICS_KEY = "metrics.jsonl"
 TOKENIZER_KEY = "tokenizer.json"

@@ -70,7 +70,7 @@ def train(config: Config, records: list[Record], tokenizer: CaptionTokenizer) ->
     torch.manual_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     images = [decode_rgb(record.path.read_bytes()) for record in records]
-    model = CLIP(config.model, tokenizer.vocab_size, config.loss.temperature)
+    model = CLIP(config.model, tokenizer.vocab_size, config.loss)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optim, batch = config.optim, config.train.global_batch
@@ -113,7 +113,7 @@ def features(
     model: CLIP, crops: np.ndarray, texts: list[str], tokenizer: CaptionTokenizer
 ) -> tuple[Tensor, Tensor, Tensor]:
     token_ids, lengths = map(torch.from_numpy, tokenizer(texts))
-    images, sentences, scale = model(torch.from_numpy(crops), token_ids, lengths)
+    images, sentences, scale, _ = model(torch.from_numpy(crops), token_ids, lengths)
     assert images is not None
     assert sentences is not None
     return images, sentences, scale

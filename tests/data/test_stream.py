@@ -95,7 +95,8 @@ def test_a_slow_consumer_makes_nothing_spill(small_config: Config) -> None:
         for micro_batch in training_stream(spec, 0, range(steps)):
             assert len(micro_batch["images"]) == 24
             time.sleep(0.03)
-        assert "Spilled" not in memory_summary(stats_only=True)
+        address = ray.get_runtime_context().gcs_address
+        assert "Spilled" not in memory_summary(address, stats_only=True)
     finally:
         ray.shutdown()
 

@@ -103,7 +103,10 @@ def outcome(loss: Loss, method: str, tile: int) -> dict[str, Tensor]:
     towers = Towers()
     images, texts = (part.chunk(world_size())[rank()] for part in batch(loss.captions))
     ids = None if loss.image_ids is None else loss.image_ids.chunk(world_size())[rank()]
-    value = contrastive_loss(*towers(images, texts), ids, loss.config(method, tile))
+    image_features, text_features, scale, bias = towers(images, texts)
+    value = contrastive_loss(
+        image_features, text_features, scale, bias, ids, loss.config(method, tile)
+    )
     return {"loss": value.detach(), **gradients(towers, value)}
 
 

@@ -62,8 +62,8 @@ def batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(rank())
     return {
         "images": torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=generator),
-        "token_ids": torch.randint(4, 400, (4, 40), dtype=torch.int32, generator=generator),
-        "token_lengths": torch.randint(5, 40, (4,), dtype=torch.int32, generator=generator),
+        "token_ids": torch.randint(4, 400, (4, 1, 40), dtype=torch.int32, generator=generator),
+        "token_lengths": torch.randint(5, 40, (4, 1), dtype=torch.int32, generator=generator),
     }
 
 
