@@ -5,6 +5,7 @@ No torch: it runs in reader tasks.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 
@@ -44,7 +45,7 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
     if max_pixels is not None and pixels > max_pixels:
         raise BadImage("too large", f"{image.width}×{image.height}, above {max_pixels} pixels")
     try:
-        return _rgb(_upright(image))
+        return _rgb(_upright(image, data))
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from None
 
@@ -73,15 +74,25 @@ def smaller_jpeg(data: bytes, image: Image.Image, shorter_side: int | None, qual
 
 def _is_plain_jpeg(data: bytes) -> bool:
     with Image.open(io.BytesIO(data)) as image:
-        orientation = image.getexif().get(ORIENTATION, 1)
-        return image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+        return _is_upright_jpeg(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _is_upright_jpeg(image: Image.Image) -> bool:
+    if image.format != "JPEG" or image.mode != "RGB":
+        return False
+    try:
+        return image.getexif().get(ORIENTATION, 1) == 1
+    except Exception:  # a broken EXIF block tells no orientation
+        return True
+
+
+def _upright(image: Image.Image, data: bytes) -> Image.Image:
+    if _is_upright_jpeg(image):
+        # The same library without Pillow's own buffers; what it doubts, Pillow decides.
+        with contextlib.suppress(ValueError):
+            return Image.fromarray(decode_jpeg(data, "RGB", strict=True))
     image.load()
     try:
-        if image.getexif().get(ORIENTATION, 1) == 1:
-            return image
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block tells no orientation; the pixels are whole
         return image
