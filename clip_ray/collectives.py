@@ -54,11 +54,15 @@ def all_gather(local: Tensor) -> Tensor:
     return gathered
 
 
-def reduce_scatter(tensor: Tensor) -> Tensor:
-    """The sum over ranks of this rank's part of [W·B, …]: [B, …]. Every rank must call it."""
+def reduce_scatter(tensor: Tensor, part: Tensor | None = None) -> Tensor:
+    """The sum over ranks of this rank's part of [W·B, …]: [B, …], into `part` where it is given.
+
+    Every rank must call it.
+    """
     if world_size() == 1:
         return tensor
-    part = tensor.new_empty(len(tensor) // world_size(), *tensor.shape[1:])
+    if part is None:
+        part = tensor.new_empty(len(tensor) // world_size(), *tensor.shape[1:])
     dist.reduce_scatter_tensor(part, tensor.contiguous())
     return part
 

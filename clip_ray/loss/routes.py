@@ -42,7 +42,7 @@ class AllGather:
         results = result.repeat(world_size(), *[1] * (result.ndim - 1))
         work([all_gather(tensor) for tensor in block], results)
         if merge == "sum":
-            return reduce_scatter(results)
+            return reduce_scatter(results, result)
         return all_reduce_logsumexp(results).chunk(world_size())[rank()].clone()
 
 
