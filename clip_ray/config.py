@@ -207,7 +207,7 @@ class LossConfig(Section):
         "features, ring a tile and the features of two workers; auto chooses by size.",
     )
     tile: Annotated[int, Field(ge=1)] = Field(
-        default=1024, description="Rows and columns of logits that tiled and ring hold at a time."
+        default=512, description="Rows and columns of logits that tiled and ring hold at a time."
     )
     positives: Literal["shared", "masked"] = Field(
         default="shared",

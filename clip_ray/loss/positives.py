@@ -19,8 +19,10 @@ def positive_means(
     captions = len(texts) // len(images)
     all_ids = None if image_ids is None else all_gather(image_ids)
     if image_ids is None or all_ids is None or len(all_ids.unique()) == len(all_ids):
-        means = texts.unflatten(0, (len(images), captions)).mean(1)
         counts = images.new_full((len(images),), captions)
+        if captions == 1:
+            return texts, images, counts
+        means = texts.unflatten(0, (len(images), captions)).mean(1)
         return means, images.repeat_interleave(captions, 0), counts
     # Some image comes twice, perhaps on two ranks.
     unique, places, repeats = all_ids.unique(return_inverse=True, return_counts=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,13 @@ class CLIP(nn.Module):
         self.logit_bias = (
             nn.Parameter(torch.tensor([loss.bias])) if loss.kind == "sigmoid" else None
         )
+
+    def recompute(self, towers: Iterable[str]) -> None:
+        """Lets these towers (image, text) make their activations again in the backward."""
+        if "image" in towers:
+            self.image.trunk.set_grad_checkpointing(True)  # type: ignore[operator]
+        if "text" in towers:
+            self.text.encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(
         self,

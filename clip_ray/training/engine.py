@@ -60,7 +60,9 @@ class Engine:
     def __init__(self, model: CLIP, config: Config) -> None:
         logger.setLevel(logging.WARNING)
         self.max_logit_scale = math.log(config.loss.max_scale)
-        self._loss_config, self._micro_batch = config.loss, config.micro_batch
+        self._loss_config = config.loss
+        self._local_batch, self._micro_batch = config.local_batch, config.micro_batch
+        model.recompute(config.train.recompute)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optim.weight_decay),
             lr=config.optim.lr,
@@ -90,8 +92,14 @@ class Engine:
 
         images: [B, H, W, 3], token_ids: [B, k, L], token_lengths: [B, k], image_ids: [B] where an
         image may come twice. Larger parts than the micro batch go through the model in several
-        forwards, with the gradient of one (GradCache).
+        forwards, with the gradient of one (GradCache). Raises ValueError where B is another than
+        the config's: ranks with unequal parts would wait for each other.
         """
+        if len(batch["images"]) != self._local_batch:
+            raise ValueError(
+                f"rank {rank()} has {len(batch['images'])} images: every rank must have "
+                f"train.global_batch / cluster.num_workers = {self._local_batch}"
+            )
         self._engine.train()
         for group in self._optimizer.param_groups:
             group["lr"] = lr

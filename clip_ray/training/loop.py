@@ -21,7 +21,7 @@ from clip_ray.model.pretrained import pack_weights
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
 from clip_ray.training.context import WorkerContext
-from clip_ray.training.engine import INPUTS, Engine, StepResult
+from clip_ray.training.engine import INPUTS, Engine, StepResult, deepspeed_config
 from clip_ray.training.run import METRICS_KEY, make_order, run_identity
 from clip_ray.training.schedule import learning_rate
 from clip_ray.training.validation import Validation
@@ -45,6 +45,7 @@ class Trainer:
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
         self._skipped = self._skipped_in_a_row = 0
+        self._waited_s = 0.0  # for data, since the last logged step
         self.start_step = self._resume()
 
     def train(self) -> None:
@@ -53,7 +54,9 @@ class Trainer:
         self._clock = self.start_step, time.monotonic()
         self._started = self._clock
         for step in range(self.start_step, self.total_steps):
+            waited_from = time.monotonic()
             batch = self._on_device(next(micro_batches))
+            self._waited_s += time.monotonic() - waited_from
             lr = learning_rate(step, self.total_steps, self.config.optim)
             result = self.engine.train_step(batch, lr)
             self._count_skipped(step, result)
@@ -86,7 +89,8 @@ class Trainer:
     def _log_step(self, step: int, result: StepResult, lr: float) -> None:
         last_step, last_time = self._clock
         self._clock = step, time.monotonic()
-        step_s = (self._clock[1] - last_time) / (step - last_step)
+        passed_s, waited_s = self._clock[1] - last_time, self._waited_s
+        step_s, self._waited_s = passed_s / (step - last_step), 0.0
         entry = {
             "step": step,
             "epoch": step / self.order.steps_per_epoch,
@@ -95,6 +99,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "skipped": self._skipped,
+            "data_wait_share": waited_s / passed_s,
             "images_per_s": self.config.train.global_batch / step_s,
         }
         self.log.append(entry)
@@ -139,6 +144,7 @@ class Trainer:
         newest = broadcast_object(self.checkpoints.newest() if rank() == 0 else None)
         if rank() == 0:
             self.run.write_bytes("config.yaml", dump_config(self.config).encode())
+            self.run.write_json("deepspeed.json", deepspeed_config(self.config))
         if newest is None:
             return 0
         self.engine.load_state(self.checkpoints.read(newest), newest.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -43,7 +44,7 @@ def outcome(stage: int, precision: str) -> Outcome:
     }
 
 
-def make_engine(stage: int, precision: str):
+def make_engine(stage: int, precision: str, *more: str):
     from clip_ray.config_file import load_config
     from clip_ray.model.clip import CLIP
     from clip_ray.training.engine import Engine
@@ -52,6 +53,7 @@ def make_engine(stage: int, precision: str):
         f"train.zero_stage={stage}",
         f"train.precision={precision}",
         "train.global_batch=8",
+        *more,
     ]
     config = load_config(SHAPES_YAML, overrides)
     torch.manual_seed(0)
@@ -79,3 +81,80 @@ def test_clamp_holds_and_state_resumes_bit_for_bit() -> None:
             assert result["largest"] <= result["bound"] + 1e-6, case
             assert result["restored"], case
             assert result["continued"], case
+
+
+def skips_of_this_rank() -> list[bool]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    return [step_is_skipped(*case) for case in itertools.product((0, 2, 3), (4, 2))]
+
+
+def step_is_skipped(stage: int, micro_batch: int) -> bool:
+    """One rank's loss is not finite; then a step as ever."""
+    engine = make_engine(stage, "fp32", f"train.micro_batch={micro_batch}")
+    before, right = engine.weights(), engine._loss
+    if rank() == 1:
+        engine._loss = lambda outputs, image_ids: right(outputs, image_ids) * torch.nan
+    skipped = engine.train_step(batch(), lr=1e-3).skipped
+    untouched = same(before, engine.weights())
+    engine._loss = right
+    stepped = not engine.train_step(batch(), lr=1e-3).skipped
+    return skipped and untouched and stepped and not same(before, engine.weights())
+
+
+@pytest.mark.cluster
+def test_no_rank_steps_where_one_has_a_loss_that_is_not_finite() -> None:
+    assert run_ranks(2, skips_of_this_rank) == [[True] * 6] * 2
+
+
+def unequal_parts_of_this_rank() -> str:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    engine = make_engine(2, "fp32")
+    part = {name: tensor[: 4 - rank()] for name, tensor in batch().items()}
+    if rank() == 0:
+        return ""  # it would wait for the other in vain
+    with pytest.raises(ValueError) as error:
+        engine.train_step(part, lr=1e-3)
+    return str(error.value)
+
+
+@pytest.mark.cluster
+def test_unequal_parts_of_a_batch_are_refused() -> None:
+    assert (
+        "rank 1 has 3 images: every rank must have" in run_ranks(2, unequal_parts_of_this_rank)[1]
+    )
+
+
+def offloaded_of_this_rank() -> list[bool]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    kept = []
+    for stage, offload in ((2, "optimizer"), (3, "optimizer"), (3, "parameters")):
+        plain = make_engine(stage, "fp32")
+        offloaded = make_engine(stage, "fp32", f"train.offload={offload}")
+        for engine in (plain, offloaded):
+            engine.train_step(batch(), lr=1e-3)
+        kept.append(close(plain.state(), offloaded.state()))
+    return kept
+
+
+def recomputed_of_this_rank() -> bool:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    engines = make_engine(3, "fp32"), make_engine(3, "fp32", "train.recompute=[image, text]")
+    for engine in engines:
+        engine.train_step(batch(), lr=1e-3)
+    return close(*(engine.state() for engine in engines))
+
+
+@pytest.mark.cluster
+def test_activations_made_again_train_the_same() -> None:
+    assert run_ranks(2, recomputed_of_this_rank) == [True, True]
+
+
+def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.allclose(left[name], right[name], rtol=1e-5, atol=1e-7) for name in left
+    )
+
+
+@pytest.mark.cluster
+def test_what_is_offloaded_trains_the_same() -> None:
+    assert run_ranks(2, offloaded_of_this_rank) == [[True] * 3] * 2
