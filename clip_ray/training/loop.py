@@ -73,9 +73,9 @@ class Trainer:
         if self._skipped_in_a_row > self.config.train.max_skipped_in_a_row:
             ids = self.order.sample_ids(step).tolist()
             raise RunError(
-                f"step {step}: the loss is {float(result.loss)}, for the "
-                f"{self._skipped_in_a_row}th time in a row (train.max_skipped_in_a_row); lower "
-                f"optim.lr or take train.precision=fp32. The batch's samples: {ids}"
+                f"step {step}: the loss was not finite {self._skipped_in_a_row} times in a row, "
+                f"more than train.max_skipped_in_a_row ({self.config.train.max_skipped_in_a_row}); "
+                f"lower optim.lr or take train.precision=fp32. The batch's samples: {ids}"
             )
 
     def _on_device(self, micro_batch: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:

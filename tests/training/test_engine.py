@@ -57,7 +57,7 @@ def make_engine(stage: int, precision: str, *more: str):
     ]
     config = load_config(SHAPES_YAML, overrides)
     torch.manual_seed(0)
-    return Engine(CLIP(config.model, vocab_size=400), config)
+    return Engine(CLIP(config.model, 400, config.loss), config)
 
 
 def batch() -> dict[str, Tensor]:
@@ -134,6 +134,25 @@ def offloaded_of_this_rank() -> list[bool]:
             engine.train_step(batch(), lr=1e-3)
         kept.append(close(plain.state(), offloaded.state()))
     return kept
+
+
+def fixed_temperature_of_this_rank() -> list[bool]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    kept = []
+    for stage in (0, 2, 3):
+        engine = make_engine(stage, "fp32", "loss.learn_temperature=false")
+        before = engine.weights()["logit_scale"]
+        engine.train_step(batch(), lr=1e-3)
+        resumed = make_engine(stage, "fp32", "loss.learn_temperature=false")
+        resumed.load_state(engine.state(), step=1)
+        kept.append(torch.equal(before, engine.weights()["logit_scale"]))
+        kept.append(same(engine.state(), resumed.state()))
+    return kept
+
+
+@pytest.mark.cluster
+def test_a_fixed_temperature_stays_and_is_kept_with_the_state() -> None:
+    assert run_ranks(2, fixed_temperature_of_this_rank) == [[True] * 6] * 2
 
 
 def recomputed_of_this_rank() -> bool:
