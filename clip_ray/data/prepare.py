@@ -10,6 +10,7 @@ import collections
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from tqdm import tqdm
 
 from clip_ray.config import DataConfig
 from clip_ray.data.images import BadImage, decode_rgb, smaller_jpeg
@@ -118,9 +120,10 @@ def _run(
             )
             .iter_rows()
         )
-        for done, result in enumerate(written, len(results) + 1):
+        progress = _Progress(todo, say)
+        for result in written:
             results[result["part"]] = storage.read_json(result["part"])
-            say(f"prepare: shard {done}/{len(plans)}: {result['part']}, {result['rows']} images")
+            progress.add(result["part"])
     shards: dict[str, list[Shard]] = collections.defaultdict(list)
     quarantined: list[Quarantined] = []
     for plan in plans:
@@ -129,6 +132,26 @@ def _run(
             shards[plan["split"]].append(Shard.model_validate(result["shard"]))
         quarantined += [Quarantined.model_validate(item) for item in result["quarantined"]]
     return shards, quarantined
+
+
+class _Progress:
+    """A line for each shard that is written: images so far, images/s, time left."""
+
+    def __init__(self, plans: Sequence[dict[str, Any]], say: Say) -> None:
+        self._images = {plan["part"]: len(plan["records"]) for plan in plans}
+        self._done = self._shards = 0
+        self._started_s, self._say = time.monotonic(), say
+
+    def add(self, part: str) -> None:
+        self._shards += 1
+        self._done += self._images[part]
+        images = sum(self._images.values())
+        rate = self._done / (time.monotonic() - self._started_s)
+        left = tqdm.format_interval((images - self._done) / rate)
+        self._say(
+            f"prepare: shard {self._shards}/{len(self._images)}, {Path(part).stem}: "
+            f"{self._done}/{images} images, {rate:.0f} images/s, {left} left"
+        )
 
 
 def _cpus_of_a_task() -> int:
@@ -242,7 +265,7 @@ def _write_shard(plan: dict[str, Any], root: str, config_json: str) -> dict[str,
         "quarantined": [entry.model_dump() for entry in quarantined],
     }
     storage.write_json(plan["part"], result)
-    return {"part": plan["part"], "rows": len(rows)}
+    return {"part": plan["part"]}
 
 
 def _read(ref: FileRef) -> bytes:

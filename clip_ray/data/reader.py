@@ -30,6 +30,8 @@ from clip_ray.storage import Storage, arrow_filesystem
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
 FETCHERS = 4
+# Row groups that stay mapped from one call to the next.
+MAPPED = 256
 
 
 class ShardReader:
@@ -42,7 +44,7 @@ class ShardReader:
         self._folder, self._limit_bytes = folder, limit_bytes
         self._starts = [0, *itertools.accumulate(shard.rows for shard in shards)]
         self._files = threading.local()  # a ParquetFile is not for two threads
-        self._tables: dict[tuple[int, int], pa.Table] = {}
+        self._mapped: dict[tuple[int, int], pa.RecordBatch] = {}
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -57,14 +59,13 @@ class ShardReader:
         Raises RunError, which names the shard, where storage does not give it after retries.
         """
         places = [self._place(index) for index in indices]
-        groups = {(shard, group) for shard, group, _ in places}
-        tables = {place: table for place, table in self._tables.items() if place in groups}
-        missing = [place for place in groups if place not in tables]
-        tables |= zip(missing, self._fetchers.map(self._table, missing), strict=True)
-        self._tables = tables
+        groups = self._row_groups({(shard, group) for shard, group, _ in places})
+        arrays = {
+            place: [(name, group.column(name)) for name in columns]
+            for place, group in groups.items()
+        }
         for shard, group, row in places:
-            table = tables[shard, group]
-            yield {name: _value(table[name][row]) for name in columns}
+            yield {name: _value(array[row]) for name, array in arrays[shard, group]}
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Fetches the row groups of these rows in the background, if they are not there."""
@@ -72,6 +73,17 @@ class ShardReader:
         for place in groups:
             if not self._path(*place).exists():
                 self._fetchers.submit(self._fetch, *place)
+
+    def _row_groups(self, places: set[tuple[int, int]]) -> dict[tuple[int, int], pa.RecordBatch]:
+        mapped = self._mapped  # another thread may put its own in its place
+        found = {place: mapped[place] for place in places & mapped.keys()}
+        here = [place for place in places - found.keys() if self._path(*place).exists()]
+        found |= {place: self._map(place) for place in here}
+        missing = list(places - found.keys())
+        found |= zip(missing, self._fetchers.map(self._map, missing), strict=True)
+        newest_last = {place: mapped[place] for place in mapped if place not in found} | found
+        self._mapped = dict(list(newest_last.items())[-MAPPED:])
+        return found
 
     def _place(self, index: int) -> tuple[int, int, int]:
         """Shard, row group, and row in it. All row groups but a shard's last have one size."""
@@ -82,10 +94,10 @@ class ShardReader:
     def _path(self, shard: int, group: int) -> Path:
         return self._folder / f"{self._shards[shard].sha256[:32]}-{group:05d}.arrow"
 
-    def _table(self, place: tuple[int, int]) -> pa.Table:
+    def _map(self, place: tuple[int, int]) -> pa.RecordBatch:
         for _ in range(ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):  # another process made room for its own
-                return pa.ipc.open_file(pa.memory_map(str(self._path(*place)))).read_all()
+                return pa.ipc.open_file(pa.memory_map(str(self._path(*place)))).get_batch(0)
             self._fetch(*place)
         raise RunError(
             f"{self._folder}: row groups go as soon as they come; data.cache_mib must be larger"
@@ -101,7 +113,7 @@ class ShardReader:
         os.close(descriptor)
         try:
             with pa.OSFile(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
+                writer.write_batch(table.combine_chunks().to_batches()[0])
             Path(temporary).replace(path)
         finally:
             Path(temporary).unlink(missing_ok=True)

@@ -4,8 +4,9 @@
 
 Ours reads a raw folder and writes shards into the object store (the embedded one, unless
 AWS_ENDPOINT_URL names another); the bare loop holds its JPEGs in memory and drops what it makes.
-Ours begins with the modules imported and the cluster up; `ours` is its
-steady state, `ours_total` counts the start of its workers too.
+Ours begins with the modules imported and the cluster up; `ours` is its steady state, `ours_total`
+counts the start of its workers too. `store_cpu_share` is what the store takes of all cores' time,
+which the bare loop has for itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import PeakMemory
+from measure import PeakMemory, store_cpu_s
 from photos import photos, write_raw_set
 from PIL import Image
 
@@ -67,19 +68,21 @@ def one_round(folder: str, number: int, arguments: argparse.Namespace) -> dict[s
         ],
     )  # fmt: skip
     with storage_session(config.storage), ray_session(config):
-        peak, times_s = PeakMemory(), [time.perf_counter()]
+        peak, times_s, store_before_s = PeakMemory(), [time.perf_counter()], store_cpu_s()
 
         def say(line: str) -> None:
-            if "parts/train-" in line:
+            if ", train-" in line:
                 times_s.append(time.perf_counter())
 
         prepare(config.data, Storage(config.data_root), say)
         ended_s = time.perf_counter()
+        # Of all cores' time, the store that a cluster would have elsewhere.
+        store = (store_cpu_s() - store_before_s) / (ended_s - times_s[0]) / (os.cpu_count() or 1)
         # Shards are of one size: the steady state is what comes after the first of each core.
         shards, first = len(times_s) - 1, os.cpu_count() or 1
         steady = arguments.images * (shards - first) / shards / (ended_s - times_s[first])
         total = arguments.images / (ended_s - times_s[0])
-        found = {"ours": steady, "ours_total": total, **peak.stop()}
+        found = {"ours": steady, "ours_total": total, "store_cpu_share": store, **peak.stop()}
     found["bare"] = bare(arguments.images)
     print(found, file=sys.stderr, flush=True)
     return found
