@@ -19,6 +19,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def backend() -> str:
+    """What carries the collectives: nccl, gloo, …"""
+    return dist.get_backend() if dist.is_initialized() else "no process group"
+
+
 class _AllGather(torch.autograd.Function):
     """Forward: all-gather. Backward: the sum over ranks of the gradient of this rank's part."""
 

@@ -247,6 +247,19 @@ class LossConfig(Section):
         return self
 
 
+class TowerOptimConfig(Section):
+    """How much of a tower is trained, and how fast its lower layers learn."""
+
+    trained_groups: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Groups of layers, from the output, that are trained; the others are frozen. "
+        "0 freezes the tower (LiT), null trains all. An image tower's groups are timm's.",
+    )
+    layer_decay: Fraction = Field(
+        default=1.0, description="Factor of the learning rate from a group to the one below it."
+    )
+
+
 class OptimConfig(Section):
     """AdamW with linear warm-up and a cosine to zero."""
 
@@ -264,6 +277,8 @@ class OptimConfig(Section):
     grad_clip_norm: float | None = Field(
         default=1.0, gt=0, description="Largest global gradient norm; null does not clip."
     )
+    image: TowerOptimConfig = TowerOptimConfig()
+    text: TowerOptimConfig = TowerOptimConfig()
 
 
 class TrainConfig(Section):
@@ -281,8 +296,10 @@ class TrainConfig(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
         default=2, description="DeepSpeed ZeRO stage."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="Of the forward and backward; the master weights are fp32."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="Of the forward and backward; the master weights are fp32. auto takes bf16 on "
+        "a GPU that computes in it; fp16 scales its loss, and skips a step where it overflows.",
     )
     offload: Literal["none", "optimizer", "parameters"] = Field(
         default="none",
@@ -291,6 +308,16 @@ class TrainConfig(Section):
     )
     recompute: tuple[Literal["image", "text"], ...] = Field(
         default=(), description="Towers whose activations are computed again in the backward."
+    )
+    compile: bool = Field(
+        default=False, description="Compile the towers with torch.compile (ZeRO 0 to 2)."
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the weights, which is then what is validated and "
+        "saved; null keeps none.",
     )
     max_skipped_in_a_row: Annotated[int, Field(ge=0)] = Field(
         default=10,
@@ -305,6 +332,15 @@ class TrainConfig(Section):
             raise ValueError(
                 f"offload is {self.offload}: needs zero_stage {least} or more, not "
                 f"{self.zero_stage}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_whole_parameters(self) -> TrainConfig:
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "compile is true with zero_stage 3: ZeRO-3 gathers parameters between the layers, "
+                "which cannot be compiled; take zero_stage 2 or compile=false"
             )
         return self
 
@@ -358,6 +394,15 @@ class LoggingConfig(Section):
     every_steps: Positive = Field(default=10, description="Steps from one logged step to the next.")
     progress_interval_s: float = Field(
         default=15, gt=0, description="Seconds between progress lines where there is no terminal."
+    )
+    tensorboard: bool = Field(
+        default=True, description="Write TensorBoard's events to the run's folder too."
+    )
+    mlflow_uri: str | None = Field(
+        default=None, description="MLflow tracking server (http://…, file:…) to log to as well."
+    )
+    wandb_project: str | None = Field(
+        default=None, description="Weights & Biases project to log to as well."
     )
 
 

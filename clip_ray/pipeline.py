@@ -15,11 +15,13 @@ from clip_ray.data.shards import Quarantined, read_quarantine
 from clip_ray.embedded_s3 import embedded_folder, storage_session
 from clip_ray.errors import RunError
 from clip_ray.evaluation.evaluate import evaluate
-from clip_ray.model.clip import check_model
+from clip_ray.model.clip import hollow_model
+from clip_ray.model.groups import learning_rate_factors
 from clip_ray.model.pretrained import load_model
 from clip_ray.search.index import Hit, read_index
 from clip_ray.storage import Storage
 from clip_ray.training.launch import ray_session, train
+from clip_ray.training.run_log import check_run_logs
 
 if TYPE_CHECKING:
     from clip_ray.tuning.space import Space
@@ -37,11 +39,12 @@ def session(config: Config, say: Say, dashboard: bool = False) -> Iterator[None]
 
 
 def check(config: Config) -> None:
-    """What can be known without a cluster: the model can be built, and storage answers.
+    """What can be known without a cluster: model and logs can be had, and storage answers.
 
     Raises ConfigError or RunError.
     """
-    check_model(config.model)
+    learning_rate_factors(hollow_model(config.model), config.optim)
+    check_run_logs(config.logging)
     if embedded_folder(config.storage) is None:
         Storage(config.storage.root).check_bucket()
 

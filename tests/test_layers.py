@@ -19,7 +19,7 @@ ALLOWED = {
     "ray.data": {"data/prepare", "data/stream", "evaluation/embed", "training/launch"},
     "ray.train": {"training/launch"},
     "ray.tune": {"tuning/sweep"},
-    "deepspeed": {"training/engine"},
+    "deepspeed": {"training/engine", "training/masters"},
     "torch.distributed": {"collectives"},
     "boto3": {"storage"},
     "botocore": {"storage"},

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,6 +49,12 @@ class CLIP(nn.Module):
         if "text" in towers:
             self.text.encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def compile_towers(self) -> None:
+        """Lets torch.compile make the towers' forwards, with the random numbers of eager mode."""
+        torch._inductor.config.fallback_random = True
+        for tower in (self.image, self.text):
+            tower.compile(dynamic=False)
+
     def forward(
         self,
         images: Tensor | None = None,
@@ -68,8 +75,8 @@ class CLIP(nn.Module):
         return image_features, text_features, _wide(self.logit_scale).exp(), bias
 
 
-def check_model(config: ModelConfig) -> None:
-    """Builds the model without memory and without its weights. Raises ConfigError."""
+def hollow_model(config: ModelConfig, vocab_size: int = 1) -> CLIP:
+    """The model without memory and without its weights. Raises ConfigError if it cannot be."""
     image = config.image.model_copy(
         update={
             "pretrained": False,
@@ -79,7 +86,7 @@ def check_model(config: ModelConfig) -> None:
     )
     text = config.text.model_copy(update={"pretrained": False})
     with torch.device("meta"):
-        CLIP(config.model_copy(update={"image": image, "text": text}), vocab_size=1)
+        return CLIP(config.model_copy(update={"image": image, "text": text}), vocab_size)
 
 
 def _unit(features: Tensor) -> Tensor:

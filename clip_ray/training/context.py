@@ -19,6 +19,10 @@ class WorkerContext(Protocol):
         """Shows where training is. Called by rank 0, often; must not wait."""
         ...
 
+    def say(self, line: str) -> None:
+        """Says a line to who started the run. Called by rank 0."""
+        ...
+
     def report(self, metrics: dict[str, float]) -> None:
         """Hands on an epoch's metrics. Every rank must call it, equally often."""
         ...

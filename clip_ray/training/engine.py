@@ -1,51 +1,41 @@
-"""The DeepSpeed engine: one optimizer step, and the fp32 state behind it, at any ZeRO stage.
+"""The DeepSpeed engine: one optimizer step at any ZeRO stage and precision.
 
-The one file that knows DeepSpeed. State goes in and out by parameter name, in full and in fp32, so
-that what is stored does not depend on world size or stage.
+With masters.py, which holds the fp32 state behind it, the only file that knows DeepSpeed.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    logger,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from clip_ray.collectives import any_rank, rank, world_size
-from clip_ray.config import Config
+from clip_ray.collectives import any_rank, rank
+from clip_ray.config import Config, OptimConfig
 from clip_ray.loss.contrastive import contrastive_loss
 from clip_ray.model.clip import CLIP
+from clip_ray.model.groups import learning_rate_factors
 from clip_ray.training.cached import Outputs, RandomState, leaves_of, surrogate
+from clip_ray.training.hardware import resolve_precision
+from clip_ray.training.masters import Masters
 
 INPUTS = ("images", "token_ids", "token_lengths")
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# Where each of DeepSpeed's optimizers keeps the flat fp32 tensors that the inner AdamW updates.
-_FLAT_GROUPS = (
-    "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition",
-)  # fmt: skip
+# The first loss scale in fp16 is two to this power; it halves and doubles from there.
+FP16_SCALE_POWER = 16
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step left behind: this rank's loss, exp(logit_scale) before it, gradient norm.
 
-    `skipped`: some rank's loss was not finite, and no rank has stepped.
+    `skipped`: some rank's loss was not finite, or a gradient in fp16, and no rank has stepped.
     """
 
     loss: Tensor
@@ -64,7 +54,7 @@ class Engine:
         self._local_batch, self._micro_batch = config.local_batch, config.micro_batch
         model.recompute(config.train.recompute)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optim.weight_decay),
+            parameter_groups(model, config.optim),
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
@@ -78,9 +68,11 @@ class Engine:
         )
         self._engine, self._optimizer = initialised[:2]
         self.device = self._engine.device
-        self._z3 = config.train.zero_stage == 3
-        self._inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        self._unsharded = self._unsharded_masters() if config.train.zero_stage == 0 else {}
+        train = config.train
+        self.masters = Masters(self.module, self._optimizer, train.zero_stage, train.ema_decay)
+        self._step = 0
+        if train.compile:
+            model.compile_towers()
 
     @property
     def module(self) -> CLIP:
@@ -102,7 +94,20 @@ class Engine:
             )
         self._engine.train()
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
+        result = self._forward_and_backward(batch)
+        if not result.skipped:
+            self._engine.step()
+            overflow = bool(getattr(self._optimizer, "overflow", False))
+            norm = 0.0 if overflow else float(self._engine.get_global_grad_norm() or 0)
+            result = replace(result, skipped=overflow, grad_norm=norm)
+        self._step += 1
+        self.clamp_logit_scale()
+        if not result.skipped:
+            self.masters.update_average(self._step)
+        return result
+
+    def _forward_and_backward(self, batch: Mapping[str, Tensor]) -> StepResult:
         image_ids, micro_batches = batch.get("image_ids"), self._micro_batches(batch)
         if len(micro_batches) == 1:
             outputs: Outputs = self._engine(**micro_batches[0])
@@ -119,9 +124,7 @@ class Engine:
             self._backward_again(micro_batches, states, leaves)
         else:
             self._engine.backward(loss)
-        self._engine.step()
-        self.clamp_logit_scale()
-        return replace(result, grad_norm=float(self._engine.get_global_grad_norm() or 0))
+        return result
 
     def _loss(self, outputs: Outputs, image_ids: Tensor | None) -> Tensor:
         images, texts, scale, bias = outputs
@@ -173,141 +176,51 @@ class Engine:
         parameter = self.module.logit_scale
         if not parameter.requires_grad:
             return
-        master = self._master(parameter)
+        master = self.masters.get(parameter)
         if float(master) > self.max_logit_scale:
-            self._set_master(parameter, torch.full_like(master, self.max_logit_scale))
+            self.masters.set(parameter, torch.full_like(master, self.max_logit_scale))
 
-    @torch.no_grad()
+    def averaged(self) -> AbstractContextManager[None]:
+        """Lets the model have its averaged weights, where the config wants such, in the block."""
+        return self.masters.averaged()
+
     def weights(self) -> dict[str, Tensor]:
         """Every parameter in fp32 and every persistent buffer, on the CPU, by name."""
-        tensors = {name: self._master(p).cpu().clone() for name, p in self._parameters()}
-        return tensors | self._frozen() | self._buffers()
+        return self.masters.weights()
 
-    @torch.no_grad()
     def state(self) -> dict[str, Tensor]:
-        """`param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME` in fp32, `buffer/NAME`, on the CPU."""
-        tensors: dict[str, Tensor] = {}
-        self._link_moments()
-        for name, parameter in self._parameters():
-            tensors[f"param/{name}"] = self._master(parameter).cpu().clone()
-            for key in MOMENTS:
-                tensors[f"{key}/{name}"] = self._moment(parameter, key).cpu().clone()
-        kept = self._frozen() | self._buffers()
-        return tensors | {f"buffer/{name}": tensor for name, tensor in kept.items()}
+        """All that the next step depends on, in full, on the CPU: see Masters.state."""
+        return self.masters.state()
 
-    @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Takes what `state()` gave after `step` steps, at whatever world size and stage."""
-        self._materialise_moments(step)
-        for name, parameter in self._parameters():
-            self._set_master(parameter, tensors[f"param/{name}"].to(self.device))
-            for key in MOMENTS:
-                self._set_moment(parameter, key, tensors[f"{key}/{name}"].to(self.device))
-        buffers = dict(self.module.named_buffers())
-        for name in self._buffers():
-            buffers[name].copy_(tensors[f"buffer/{name}"])
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(tensors[f"buffer/{name}"])
-
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
-
-    def _buffers(self) -> dict[str, Tensor]:
-        parameters = dict(self.module.named_parameters())
-        persistent = self.module.state_dict().keys() - parameters.keys()
-        buffers = dict(self.module.named_buffers())
-        return {name: buffers[name].cpu().clone() for name in sorted(persistent)}
-
-    def _frozen(self) -> dict[str, Tensor]:
-        """The parameters that are not trained, in fp32, on the CPU."""
-        found = {}
-        for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    found[name] = parameter.detach().float().cpu().clone()
-        return found
-
-    def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
-        """ZeRO-0: each parameter's fp32 master, which in fp32 is the parameter itself."""
-        own = [p for _, p in self._parameters()]
-        narrow = [p for group in getattr(self._optimizer, "fp16_groups", [own]) for p in group]
-        wide = [p for group in getattr(self._optimizer, "fp32_groups", [own]) for p in group]
-        # DeepSpeed's ZeRO-0 in bf16 has stepped once by now, with zero gradients, to make its
-        # state: that counts a step and decays the weights. It is undone.
-        self._inner.state.clear()
-        for parameter, master in zip(narrow, wide, strict=True):
-            master.data.copy_(parameter.data)
-        return dict(zip(narrow, wide, strict=True))
-
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        if self._unsharded:
-            return self._unsharded[parameter].detach()
-        master: Any = safe_get_full_fp32_param(parameter)
-        return master.reshape(_shape(parameter))
-
-    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Sets the master, and what the next forward sees of it."""
-        if self._z3:
-            safe_set_local_fp32_param(parameter, _part(value, safe_get_local_fp32_param(parameter)))
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(value)
-            return
-        if self._unsharded:
-            self._unsharded[parameter].data.copy_(value)
-        else:
-            safe_set_full_fp32_param(parameter, value)
-        parameter.data.copy_(value)
-
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self._unsharded:
-            return self._inner.state[self._unsharded[parameter]][key]
-        moment: Any = safe_get_full_optimizer_state(parameter, key)
-        return moment.reshape(_shape(parameter))
-
-    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        if self._unsharded:
-            self._moment(parameter, key).copy_(value)
-        elif self._z3:
-            mine = _part(value, safe_get_local_optimizer_state(parameter, key))
-            safe_set_local_optimizer_state(parameter, mine, key)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
-
-    def _materialise_moments(self, step: int) -> None:
-        """AdamW makes its state at its first step; a restored one needs it before."""
-        names = [name for name in _FLAT_GROUPS if hasattr(self._optimizer, name)]
-        flats = getattr(self._optimizer, names[0]) if names else self._unsharded.values()
-        for flat in flats:
-            self._inner.state[flat] = {
-                "step": torch.tensor(float(step)),
-                **{key: torch.zeros_like(flat) for key in MOMENTS},
-            }
-        self._link_moments()
-
-    def _link_moments(self) -> None:
-        """Ties each parameter to its moments once more.
-
-        DeepSpeed does so after the first group's first step, when the other groups have none yet.
-        """
-        if hasattr(self._optimizer, "_hp_optimizer_states_linked"):
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+        self._step = step
+        self.masters.load_state(tensors)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, embeddings of one dimension and logit_scale do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: CLIP, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW's groups by weight decay and learning-rate factor; freezes what has the factor 0.
+
+    Matrices decay; norms, biases, embeddings of one dimension and logit_scale do not.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    factors = learning_rate_factors(model, optim)
+    for name, parameter in model.named_parameters():
+        if factors[name] == 0:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            decay = optim.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((decay, factors[name]), []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor), parameters in groups.items()
     ]
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON, derived; users never write it."""
     train, optim = config.train, config.optim
+    precision = resolve_precision(train.precision)
     zero: dict[str, Any] = {"stage": train.zero_stage}
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -318,23 +231,13 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optim.grad_clip_norm or 0.0,
         "zero_optimization": zero,
-        "bf16": {"enabled": train.precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "initial_scale_power": FP16_SCALE_POWER,
+            "hysteresis": 1,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    # Under ZeRO-3 the parameter itself is empty between forwards.
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _part(value: Tensor, local: Any) -> Tensor:
-    """This rank's part of a full tensor, in the shape of `local`.
-
-    The parts are equal, the last ones padded with zeros; DeepSpeed's own setter forgets that.
-    """
-    padded = torch.zeros(local.numel() * world_size(), dtype=local.dtype, device=local.device)
-    padded[: value.numel()] = value.flatten()
-    return padded.chunk(world_size())[rank()].reshape(local.shape)

@@ -16,7 +16,7 @@ import ray.train
 import torch
 from numpy.typing import NDArray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from clip_ray.config import Config
 from clip_ray.config_file import parse_config
@@ -100,7 +100,7 @@ def train(
             say(f"train: {config.name} is trained already: {newest.step} steps are in {run.root}")
             return False
         say(f"train: {config.name} resumes at step {newest.step} of {total_steps}")
-    _fit(config, tokenizer, total_steps, callbacks)
+    _fit(config, tokenizer, total_steps, say, callbacks)
     return True
 
 
@@ -119,6 +119,7 @@ def _fit(
     config: Config,
     tokenizer: CaptionTokenizer,
     total_steps: int,
+    say: Callable[[str], None],
     callbacks: Sequence[UserCallback],
 ) -> None:
     data = Storage(config.data_root)
@@ -133,9 +134,10 @@ def _fit(
         readers=config.cluster.readers_per_worker,
         image_size=config.model.image.size,
     )
-    with _progress(config.logging.progress_interval_s) as board:
+    with _progress(config.logging.progress_interval_s, say) as board:
         trainer = TorchTrainer(
             _worker,
+            torch_config=TorchConfig(backend=_backend(config)),
             train_loop_config={
                 "config": config.model_dump(mode="json"),
                 "spec": spec,
@@ -170,6 +172,10 @@ def _fit(
             raise RunError(f"training failed: {_root_cause(error)}") from error
 
 
+def _backend(config: Config) -> str:
+    return "nccl" if config.cluster.gpus_per_worker > 0 else "gloo"
+
+
 def _worker(loop_config: dict[str, Any]) -> None:
     """The function that Ray Train runs in each worker."""
     # Here, so that the driver does not wait for DeepSpeed.
@@ -200,28 +206,31 @@ class _RayContext:
     def progress(self, state: dict[str, Any]) -> None:
         self._board.put.remote(state)
 
+    def say(self, line: str) -> None:
+        self._board.put.remote(line)
+
     def report(self, metrics: dict[str, float]) -> None:
         ray.train.report(metrics)
 
 
 @ray.remote(num_cpus=0)
 class _Board:
-    """Where rank 0 pins its progress and the driver reads it."""
+    """Where rank 0 pins its progress, and lines to say, and the driver reads them."""
 
     def __init__(self) -> None:
-        self._states: list[dict[str, Any]] = []
+        self._notes: list[dict[str, Any] | str] = []
 
-    def put(self, state: dict[str, Any]) -> None:
-        self._states.append(state)
+    def put(self, note: dict[str, Any] | str) -> None:
+        self._notes.append(note)
 
-    def take(self) -> list[dict[str, Any]]:
-        states, self._states = self._states, []
-        return states
+    def take(self) -> list[dict[str, Any] | str]:
+        notes, self._notes = self._notes, []
+        return notes
 
 
 @contextlib.contextmanager
-def _progress(interval_s: float) -> Iterator[Any]:
-    """A board whose states a thread of the driver shows until the block ends."""
+def _progress(interval_s: float, say: Callable[[str], None]) -> Iterator[Any]:
+    """A board whose notes a thread of the driver shows until the block ends."""
     board: Any = _Board.remote()
     progress, stop = Progress(interval_s), threading.Event()
 
@@ -230,11 +239,11 @@ def _progress(interval_s: float) -> Iterator[Any]:
         while not ended:
             ended = stop.wait(POLL_S)
             try:
-                states = ray.get(board.take.remote(), timeout=10)
+                notes = ray.get(board.take.remote(), timeout=10)
             except Exception:  # progress must never end a run
                 return
-            for state in states:
-                progress.show(state)
+            for note in notes:
+                say(note) if isinstance(note, str) else progress.show(note)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from clip_ray.collectives import barrier, broadcast_object, mean_over_ranks, rank
+from clip_ray.collectives import backend, barrier, broadcast_object, mean_over_ranks, rank
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config
 from clip_ray.data.shards import read_manifest
@@ -22,7 +22,11 @@ from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
 from clip_ray.training.context import WorkerContext
 from clip_ray.training.engine import INPUTS, Engine, StepResult, deepspeed_config
+from clip_ray.training.flops import step_flops
+from clip_ray.training.hardware import Precision, device_name, resolve_precision
+from clip_ray.training.meter import StepMeter
 from clip_ray.training.run import METRICS_KEY, make_order, run_identity
+from clip_ray.training.run_log import open_run_logs
 from clip_ray.training.schedule import learning_rate
 from clip_ray.training.validation import Validation
 
@@ -42,23 +46,25 @@ class Trainer:
         model = CLIP(config.model, tokenizer.vocab_size, config.loss)
         self.architecture = model.architecture
         self.engine = Engine(model, config)
+        self._precision: Precision = resolve_precision(config.train.precision)
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
         self._skipped = self._skipped_in_a_row = 0
-        self._waited_s = 0.0  # for data, since the last logged step
         self.start_step = self._resume()
+        self._logs = open_run_logs(config, self.start_step) if rank() == 0 else []
 
     def train(self) -> None:
         """Runs from the newest checkpoint to the last step."""
+        self._say_what_it_runs_on()
         micro_batches = self.context.micro_batches(self.start_step)
-        self._clock = self.start_step, time.monotonic()
-        self._started = self._clock
+        self._meter = self._new_meter()
+        self._started_s = time.monotonic()
         for step in range(self.start_step, self.total_steps):
-            waited_from = time.monotonic()
-            batch = self._on_device(next(micro_batches))
-            self._waited_s += time.monotonic() - waited_from
+            with self._meter.waiting():
+                batch = self._on_device(next(micro_batches))
             lr = learning_rate(step, self.total_steps, self.config.optim)
-            result = self.engine.train_step(batch, lr)
+            with self._meter.step():
+                result = self.engine.train_step(batch, lr)
             self._count_skipped(step, result)
             done = step + 1
             ends_epoch = done % self.order.steps_per_epoch == 0
@@ -66,6 +72,26 @@ class Trainer:
                 self._log_step(done, result, lr)
             if ends_epoch:
                 self._end_epoch(done)
+        for log in self._logs:
+            log.close()
+
+    def _say_what_it_runs_on(self) -> None:
+        if rank() == 0:
+            train = self.config.train
+            self.context.say(
+                f"train: {self.config.cluster.num_workers} workers on "
+                f"{device_name(self.engine.device)}, {backend()}, {self._precision}, "
+                f"ZeRO-{train.zero_stage}"
+            )
+
+    def _new_meter(self) -> StepMeter:
+        return StepMeter(
+            self.config.train.global_batch,
+            step_flops(self.config, self.tokenizer.vocab_size),
+            self.config.cluster.num_workers,
+            self.engine.device,
+            self._precision,
+        )
 
     def _count_skipped(self, step: int, result: StepResult) -> None:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
@@ -87,10 +113,6 @@ class Trainer:
         return {name: tensor.to(self.engine.device) for name, tensor in tensors.items()}
 
     def _log_step(self, step: int, result: StepResult, lr: float) -> None:
-        last_step, last_time = self._clock
-        self._clock = step, time.monotonic()
-        passed_s, waited_s = self._clock[1] - last_time, self._waited_s
-        step_s, self._waited_s = passed_s / (step - last_step), 0.0
         entry = {
             "step": step,
             "epoch": step / self.order.steps_per_epoch,
@@ -99,31 +121,40 @@ class Trainer:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "skipped": self._skipped,
-            "data_wait_share": waited_s / passed_s,
-            "images_per_s": self.config.train.global_batch / step_s,
+            **self._meter.figures(),
         }
         self.log.append(entry)
+        self._write_logs(entry)
         self._show_progress()
+
+    def _write_logs(self, figures: dict[str, float]) -> None:
+        for log in self._logs:
+            log.write(self.log[-1]["step"], figures)
 
     def _show_progress(self) -> None:
         if rank() == 0:
-            (first_step, first_time), (step, now) = self._started, self._clock
-            left_s = (self.total_steps - step) * (now - first_time) / (step - first_step)
+            step, passed_s = self.log[-1]["step"], time.monotonic() - self._started_s
+            left_s = (self.total_steps - step) * passed_s / (step - self.start_step)
             self.context.progress(
                 self.log[-1] | {"total_steps": self.total_steps, "left_s": left_s}
             )
 
     def _end_epoch(self, step: int) -> None:
         epoch = step // self.order.steps_per_epoch
-        metrics = self.validation(self.engine)
+        with self.engine.averaged():
+            metrics = self.validation(self.engine)
         self.log[-1] = self.log[-1] | metrics
+        self._write_logs(metrics)
         self._show_progress()
         if epoch % self.config.checkpoint.every_epochs == 0 or step == self.total_steps:
             self._checkpoint(step, epoch, metrics)
         self.context.report({"step": step, "epoch": epoch, "loss": self.log[-1]["loss"], **metrics})
+        self._meter.restart()
 
     def _checkpoint(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        state, weights = self.engine.state(), self.engine.weights()
+        state = self.engine.state()
+        with self.engine.averaged():
+            weights = self.engine.weights()
         if rank() == 0:
             best = best_of(self.checkpoints.list())
             if best is None or metrics[BEST_METRIC] >= best.metrics[BEST_METRIC]:

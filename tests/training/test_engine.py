@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clip_ray.collectives import rank
 
-CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+CASES = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16", "fp16")]
+AVERAGED = "train.ema_decay=0.9"
 Outcome = dict[str, float | bool]
 
 
@@ -23,22 +24,23 @@ def outcomes_of_this_rank() -> dict[str, Outcome]:
 
 
 def outcome(stage: int, precision: str) -> Outcome:
-    engine = make_engine(stage, precision)
-    largest = 0.0
-    for _ in range(5):
-        engine._set_master(engine.module.logit_scale, torch.tensor([4.7]))
-        engine.train_step(batch(), lr=1e-3)
+    engine = make_engine(stage, precision, AVERAGED)
+    largest, stepped = 0.0, False
+    for _ in range(8):
+        engine.masters.set(engine.module.logit_scale, torch.tensor([4.7]))
+        stepped = not engine.train_step(batch(), lr=1e-3).skipped
         scale = engine.weights()["logit_scale"]
         largest = max(largest, float(scale))
     state = engine.state()
-    resumed = make_engine(stage, precision)
-    resumed.load_state(state, step=5)
+    resumed = make_engine(stage, precision, AVERAGED)
+    resumed.load_state(state, step=8)
     restored = same(state, resumed.state())
     for each in (engine, resumed):
         each.train_step(batch(), lr=1e-3)
     return {
         "bound": engine.max_logit_scale,
         "largest": largest,
+        "stepped": stepped,  # in fp16 not from the start: the loss scale has to come down first
         "restored": restored,
         "continued": same(engine.state(), resumed.state()),
     }
@@ -79,6 +81,7 @@ def test_clamp_holds_and_state_resumes_bit_for_bit() -> None:
         assert len(outcomes) == len(CASES)
         for case, result in outcomes.items():
             assert result["largest"] <= result["bound"] + 1e-6, case
+            assert result["stepped"], case
             assert result["restored"], case
             assert result["continued"], case
 

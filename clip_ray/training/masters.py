@@ -1,0 +1,277 @@
+"""The fp32 state behind an engine's parameters, at any ZeRO stage: by name, in full, on the CPU.
+
+What is stored so does not depend on world size or stage. With engine.py, the only file that knows
+DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from clip_ray.collectives import rank, world_size
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+# Where each of DeepSpeed's optimizers keeps the flat fp32 tensors that the inner AdamW updates.
+_FLAT_GROUPS = (
+    "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition",
+)  # fmt: skip
+# Of DeepSpeed's dynamic loss scale in fp16.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Masters:
+    """The fp32 weights, AdamW's moments, the loss scale and the weights' moving average.
+
+    Every method must be called by every rank.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Any, zero_stage: int, ema_decay: float | None
+    ) -> None:
+        self._module, self._optimizer = module, optimizer
+        self._z3 = zero_stage == 3
+        self._inner = getattr(optimizer, "optimizer", optimizer)
+        self._unsharded = self._unsharded_masters() if zero_stage == 0 else {}
+        self._ema_decay = ema_decay
+        self._averages = [flat.detach().clone() for flat in self._flats()] if ema_decay else []
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter in fp32 and every persistent buffer, by name."""
+        tensors = {name: self.get(p).cpu().clone() for name, p in self._parameters()}
+        return tensors | self._frozen() | self._buffers()
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """`param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME` in fp32, and `buffer/NAME`.
+
+        Also `optimizer/step`, the steps that were not skipped, and in fp16 `scaler/FIELD`; the
+        moving average only where there is one.
+        """
+        if not self._inner.state:  # no step so far, or none that was not skipped
+            self._materialise_moments(torch.zeros(()))
+        self._link_moments()
+        tensors = {"optimizer/step": self._inner.state[self._flats()[0]]["step"].cpu().clone()}
+        for name, parameter in self._parameters():
+            tensors[f"param/{name}"] = self.get(parameter).cpu().clone()
+            for key in MOMENTS:
+                tensors[f"{key}/{name}"] = self._moment(parameter, key).cpu().clone()
+        if self._averages:
+            self._swap()
+            for name, parameter in self._parameters():
+                tensors[f"{AVERAGE}/{name}"] = self.get(parameter).cpu().clone()
+            self._swap()
+        kept = self._frozen() | self._buffers()
+        tensors |= {f"buffer/{name}": tensor for name, tensor in kept.items()}
+        return tensors | {f"scaler/{name}": value for name, value in self._scaler().items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what `state()` gave, at whatever world size and stage.
+
+        Where the average is new, it begins at these weights.
+        """
+        self._materialise_moments(tensors["optimizer/step"])
+        if self._averages:
+            known = f"{AVERAGE}/" if any(name.startswith(f"{AVERAGE}/") for name in tensors) else ""
+            for name, parameter in self._parameters():
+                self.set(parameter, tensors[f"{known or 'param/'}{name}"].to(parameter.device))
+            self._swap()
+        for name, parameter in self._parameters():
+            self.set(parameter, tensors[f"param/{name}"].to(parameter.device))
+            for key in MOMENTS:
+                self._set_moment(parameter, key, tensors[f"{key}/{name}"].to(parameter.device))
+        self._load_untrained(tensors)
+        for name in self._scaler():
+            if f"scaler/{name}" in tensors:
+                kind = float if name == "cur_scale" else int
+                setattr(self._scaler_object(), name, kind(tensors[f"scaler/{name}"]))
+
+    def get(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 master, whole."""
+        if self._unsharded:
+            return self._unsharded[parameter].detach()
+        master: Any = safe_get_full_fp32_param(parameter)
+        return master.reshape(_shape(parameter))
+
+    def set(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Sets the master, and what the next forward sees of it."""
+        if self._z3:
+            safe_set_local_fp32_param(parameter, _part(value, safe_get_local_fp32_param(parameter)))
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+            return
+        if self._unsharded:
+            self._unsharded[parameter].data.copy_(value)
+        else:
+            safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+
+    @torch.no_grad()
+    def update_average(self, step: int) -> None:
+        """Moves the average towards the weights after step number `step`, on each rank's shard.
+
+        The decay grows to its value as (1 + step) / (10 + step), as TensorFlow's does: the average
+        of a short run is not that of its start.
+        """
+        if self._ema_decay is None:
+            return
+        decay = min(self._ema_decay, (1 + step) / (10 + step))
+        for flat, average in zip(self._flats(), self._averages, strict=True):
+            average.lerp_(flat.detach(), 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Lets the model have its averaged weights, where there are such, in the block."""
+        if not self._averages:
+            yield
+            return
+        self._swap()
+        self._show_masters()
+        try:
+            yield
+        finally:
+            self._swap()
+            self._show_masters()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for flat, average in zip(self._flats(), self._averages, strict=True):
+            held = flat.detach().clone()
+            flat.data.copy_(average)
+            average.copy_(held)
+
+    @torch.no_grad()
+    def _show_masters(self) -> None:
+        for _, parameter in self._parameters():
+            self.set(parameter, self.get(parameter))
+
+    def _flats(self) -> list[Tensor]:
+        """The fp32 tensors that the inner AdamW updates: this rank's shard of all."""
+        names = [name for name in _FLAT_GROUPS if hasattr(self._optimizer, name)]
+        return list(
+            getattr(self._optimizer, names[0])
+            if names and not self._unsharded
+            else self._unsharded.values()
+        )
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self._module.named_parameters() if p.requires_grad)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        parameters = dict(self._module.named_parameters())
+        persistent = self._module.state_dict().keys() - parameters.keys()
+        buffers = dict(self._module.named_buffers())
+        return {name: buffers[name].cpu().clone() for name in sorted(persistent)}
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """The parameters that are not trained, in fp32."""
+        found = {}
+        for name, parameter in self._module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    found[name] = parameter.detach().float().cpu().clone()
+        return found
+
+    def _load_untrained(self, tensors: Mapping[str, Tensor]) -> None:
+        buffers = dict(self._module.named_buffers())
+        for name in self._buffers():
+            buffers[name].copy_(tensors[f"buffer/{name}"])
+        for name, parameter in self._module.named_parameters():
+            if not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(tensors[f"buffer/{name}"])
+
+    def _unsharded_masters(self) -> dict[nn.Parameter, Tensor]:
+        """ZeRO-0: each parameter's fp32 master, which in fp32 is the parameter itself."""
+        own = [p for _, p in self._parameters()]
+        narrow = [p for group in getattr(self._optimizer, "fp16_groups", [own]) for p in group]
+        wide = [p for group in getattr(self._optimizer, "fp32_groups", [own]) for p in group]
+        # DeepSpeed's ZeRO-0 in bf16 has stepped once by now, with zero gradients, to make its
+        # state: that counts a step and decays the weights. It is undone.
+        self._inner.state.clear()
+        for parameter, master in zip(narrow, wide, strict=True):
+            master.data.copy_(parameter.data)
+        return dict(zip(narrow, wide, strict=True))
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self._unsharded:
+            return self._inner.state[self._unsharded[parameter]][key]
+        moment: Any = safe_get_full_optimizer_state(parameter, key)
+        return moment.reshape(_shape(parameter))
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self._unsharded:
+            self._moment(parameter, key).copy_(value)
+        elif self._z3:
+            mine = _part(value, safe_get_local_optimizer_state(parameter, key))
+            safe_set_local_optimizer_state(parameter, mine, key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _materialise_moments(self, step: Tensor) -> None:
+        """AdamW makes its state at its first step; a restored one needs it before."""
+        for flat in self._flats():
+            self._inner.state[flat] = {
+                "step": step.clone(),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Ties each parameter to its moments once more.
+
+        DeepSpeed does so after the first group's first step, when the other groups have none yet.
+        """
+        if hasattr(self._optimizer, "_hp_optimizer_states_linked"):
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _scaler_object(self) -> Any:
+        """Where DeepSpeed keeps a dynamic loss scale; it has two kinds."""
+        scaler = getattr(self._optimizer, "loss_scaler", None)
+        return scaler or getattr(self._optimizer, "loss_scale_config", None)
+
+    def _scaler(self) -> dict[str, Tensor]:
+        scaler = self._scaler_object()
+        dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
+        if not dynamic:
+            return {}
+        fields = {name: getattr(scaler, name, None) for name in _SCALER}
+        return {
+            name: torch.tensor(value, dtype=torch.float64)
+            for name, value in fields.items()
+            if value is not None
+        }
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    # Under ZeRO-3 the parameter itself is empty between forwards.
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _part(value: Tensor, local: Any) -> Tensor:
+    """This rank's part of a full tensor, in the shape of `local`.
+
+    The parts are equal, the last ones padded with zeros; DeepSpeed's own setter forgets that.
+    """
+    padded = torch.zeros(local.numel() * world_size(), dtype=local.dtype, device=local.device)
+    padded[: value.numel()] = value.flatten()
+    return padded.chunk(world_size())[rank()].reshape(local.shape)
