@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clip_ray.config import Config
-from clip_ray.config_file import load_config
+from clip_ray.config_file import load_config, parse_config, set_field
 from clip_ray.data.shapes import ShapesSpec, write_shapes
 from clip_ray.embedded_s3 import embedded_s3
 from clip_ray.storage import Storage
 
 SHAPES_YAML = Path(__file__).parent.parent / "jobs" / "configs" / "shapes.yaml"
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """The same config with `section.field=value` laid over it."""
+    tree = config.model_dump(mode="json")
+    for dotted, value in (item.split("=", 1) for item in overrides):
+        set_field(tree, dotted, yaml.safe_load(value))
+    return parse_config(tree, origin="test")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,7 +50,9 @@ class CLIP(nn.Module):
 
     def compile_towers(self) -> None:
         """Lets torch.compile make the towers' forwards, with the random numbers of eager mode."""
-        torch._inductor.config.fallback_random = True
+        from torch._inductor import config  # slow to import, and rarely wanted
+
+        config.fallback_random = True
         for tower in (self.image, self.text):
             tower.compile(dynamic=False)
 

@@ -66,7 +66,7 @@ class _TensorBoard:
         self._writer = SummaryWriter(self._folder.name, purge_step=start_step + 1)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+        for name, value in _named(figures).items():
             self._writer.add_scalar(name, value, step)
         if time.monotonic() - self._uploaded_s >= UPLOAD_INTERVAL_S:
             self._upload()
@@ -130,7 +130,7 @@ class _Wandb:
 
 
 def _named(figures: Mapping[str, float]) -> dict[str, float]:
-    """MLflow's names have no @."""
+    """TensorBoard's and MLflow's names have no @."""
     return {name.replace("@", "_at_"): value for name, value in figures.items()}
 
 

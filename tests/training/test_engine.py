@@ -62,8 +62,8 @@ def make_engine(stage: int, precision: str, *more: str):
     return Engine(CLIP(config.model, 400, config.loss), config)
 
 
-def batch() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(rank())
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(10 * seed + rank())
     return {
         "images": torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=generator),
         "token_ids": torch.randint(4, 400, (4, 1, 40), dtype=torch.int32, generator=generator),

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import SHAPES_YAML
 from process_group import run_ranks
 from test_engine import batch, make_engine, same
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from clip_ray.collectives import mean_over_ranks, rank
+from clip_ray.config import OptimConfig
 from clip_ray.config_file import load_config
+from clip_ray.data.images import decode_rgb
+from clip_ray.data.tokenizer import make_tokenizer
+from clip_ray.data.transforms import center_crop
+from clip_ray.errors import ConfigError
 from clip_ray.loss.reference import info_nce_reference
+from clip_ray.training.schedule import learning_rate
 
 LR = 1e-3
 DROPOUT = ("model.image.kwargs.patch_drop_rate=0.5", "model.text.kwargs.attention_dropout=0.1")
@@ -87,9 +98,7 @@ def test_frozen_layers_stay_and_lower_ones_learn_less() -> None:
 
 
 def test_a_tower_has_no_more_groups_to_train_than_it_has() -> None:
-    with pytest.raises(
-        Exception, match=r"optim.image.trained_groups is 9: this tower has 5 groups"
-    ):
+    with pytest.raises(ConfigError, match=r"image.trained_groups is 9: this tower has 5 groups"):
         make_engine(2, "fp32", "optim.image.trained_groups=9")
 
 
@@ -119,8 +128,6 @@ def replayed_of_this_rank() -> float:
 
 
 def make_model(*more: str):
-    from conftest import SHAPES_YAML
-
     from clip_ray.model.clip import CLIP
 
     config = load_config(SHAPES_YAML, list(more))
@@ -193,3 +200,42 @@ def test_gradients_are_reduced_once_or_with_each_forward() -> None:
         for forwards in (2, 4):
             more = found[f"{stage} {forwards}"] - found[f"{stage} 1"]
             assert more == (forwards - 1 if stage >= 2 else 0), (stage, forwards)
+
+
+def curves_of_this_rank(folder: str) -> list[list[float]]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    batches = shapes_batches(Path(folder))
+    return [curve(stage, batches) for stage in range(4)]
+
+
+def shapes_batches(folder: Path) -> list[dict[str, Tensor]]:
+    """This rank's half of four global batches of 32 shapes, each with its first caption."""
+    records = json.loads((folder / "dataset_flickr30k.json").read_text())["images"]
+    records = [record for record in records if record["split"] == "train"][rank() :: 2]
+    files = [folder / "flickr30k-images" / record["filename"] for record in records]
+    images = np.stack([center_crop(decode_rgb(file.read_bytes()), 64) for file in files])
+    captions = [record["sentences"][0]["raw"] for record in records]
+    text = load_config(SHAPES_YAML).model.text
+    ids, lengths = make_tokenizer(text, captions)(captions)
+    tensors = {"images": images, "token_ids": ids[:, None], "token_lengths": lengths[:, None]}
+    parts = {name: torch.from_numpy(array).split(16) for name, array in tensors.items()}
+    return [dict(zip(parts, part, strict=True)) for part in zip(*parts.values(), strict=True)]
+
+
+def curve(stage: int, batches: list[dict[str, Tensor]]) -> list[float]:
+    """The loss over the whole batch at 50 steps."""
+    engine = make_engine(stage, "fp32", "train.global_batch=32")
+    optim = OptimConfig(lr=1.5e-3, warmup_steps=2)
+    losses = []
+    for step in range(50):
+        result = engine.train_step(batches[step % 4], lr=learning_rate(step, 50, optim))
+        losses.append(mean_over_ranks(result.loss))
+    return losses
+
+
+@pytest.mark.cluster
+def test_all_stages_have_the_same_loss_for_fifty_steps(raw_shapes: Path) -> None:
+    unsharded, *sharded = run_ranks(2, curves_of_this_rank, str(raw_shapes))[0]
+    assert unsharded[-1] < 0.9 * unsharded[0]
+    for curve_of_stage in sharded:
+        assert curve_of_stage == pytest.approx(unsharded, abs=1e-4)
