@@ -25,8 +25,9 @@ lint: install ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-test: lint ## Check style and types, then run the tests
+test: lint ## Check style and types, then run the tests, and the contract of exactness whole
 	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 
 golden: install ## Write the expected config and help texts anew, to be read in the diff
 	@CLIP_RAY_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
