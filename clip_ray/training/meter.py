@@ -35,7 +35,7 @@ class StepMeter:
         self._global_batch, self._workers = global_batch, workers
         self._flops_per_step = flops_per_step
         self._device, self._precision = device, precision
-        self._profiled_s = float("-inf")
+        self._begun, self._profiled_s = False, float("-inf")
         self._exposed_share = 0.0  # of a step's own time
         self.restart()
 
@@ -52,10 +52,10 @@ class StepMeter:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step. Now and then it is profiled for its communication."""
+        """Around one step. Now and then one that is not the first is profiled."""
         self._steps += 1
-        now_s = time.monotonic()
-        if rank() != 0 or now_s - self._profiled_s < PROFILE_INTERVAL_S or self._steps == 1:
+        now_s, first, self._begun = time.monotonic(), not self._begun, True
+        if rank() != 0 or first or now_s - self._profiled_s < PROFILE_INTERVAL_S:
             yield
             return
         self._profiled_s = now_s

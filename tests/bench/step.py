@@ -1,0 +1,123 @@
+"""Samples/s of the whole harness against open_clip's program, and against the bare engine.
+
+    python tests/bench/step.py [--images 4000] [--rounds 5] [--json]
+
+Two workers of one thread each, on the same cores, over the same photographs of 500×375 in the same
+object store (the embedded one, unless AWS_ENDPOINT_URL names another). With large towers (ViT-B/32
+and a BERT of CLIP's size) computing dominates, with tiny ones the data does. Every round runs each
+side once, in processes of its own; figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from photos import write_raw_set
+from stream import write_tars
+
+from clip_ray.cli import demo_config_path
+from clip_ray.config_file import load_config
+from clip_ray.embedded_s3 import storage_session
+
+SIDE_TIMEOUT_S = 900
+# name: side and its options
+CASES: dict[str, list[str]] = {
+    "ours, large, ZeRO-0": ["ours", "--towers", "large", "--stage", "0"],
+    "ours, large, ZeRO-2": ["ours", "--towers", "large", "--stage", "2"],
+    "open_clip, large, DDP": ["open_clip", "--towers", "large"],
+    "bare, large, ZeRO-2": ["bare", "--towers", "large", "--stage", "2"],
+    "ours, tiny, ZeRO-0": ["ours", "--stage", "0"],
+    "ours, tiny, ZeRO-2": ["ours", "--stage", "2"],
+    "open_clip, tiny, DDP": ["open_clip"],
+    "memory-fed, tiny, ZeRO-2": ["memory_fed", "--stage", "2"],
+    "bare, tiny, ZeRO-2": ["bare", "--stage", "2"],
+    "decode": ["decode"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"storage.embedded_dir={folder}/s3", "storage.root=s3://clip-ray-bench/x"]
+        with storage_session(load_config(demo_config_path(), overrides).storage) as storage:
+            write_tars(storage, write_raw_set(Path(folder) / "raw", arguments.images))
+            options = ["--root", storage.root, "--raw", f"{folder}/raw"]
+            run_side(["prepare"], options)
+            rounds = [one_round(options) for _ in range(arguments.rounds)]
+    median = {
+        case: {field: statistics.median(one[case][field] for one in rounds) for field in found}
+        for case, found in rounds[0].items()
+    }
+    result = ratios(median) | median
+    print_table(result)
+    if arguments.json:
+        print(json.dumps({"rounds": arguments.rounds, **result}))
+
+
+def one_round(options: list[str]) -> dict[str, dict[str, float]]:
+    found = {}
+    for case, side in CASES.items():
+        one = run_side(side, options)
+        if "rates" in one:
+            # Steps are of one size: their mean rate is that of their mean time.
+            one["samples_per_s"] = statistics.harmonic_mean(one.pop("rates"))
+        found[case] = one
+        print(f"{case}: {one}", file=sys.stderr, flush=True)
+    return found
+
+
+def run_side(side: list[str], options: list[str]) -> dict[str, Any]:
+    script = Path(__file__).with_name("step_sides.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *side, *options],
+        stdout=subprocess.PIPE, text=True, check=True, timeout=SIDE_TIMEOUT_S,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(median: dict[str, dict[str, float]]) -> dict[str, float]:
+    rate = {case: found.get("samples_per_s", 0.0) for case, found in median.items()}
+    decode_s, cores = median["decode"]["cpu_s_per_sample"], os.cpu_count() or 1
+
+    def vs_cores(towers: str) -> float:
+        step_s = median[f"bare, {towers}, ZeRO-2"]["cpu_s_per_sample"]
+        return rate[f"ours, {towers}, ZeRO-2"] * (step_s + decode_s) / cores
+
+    return {
+        "vs_open_clip_compute": rate["ours, large, ZeRO-0"] / rate["open_clip, large, DDP"],
+        "vs_open_clip_compute_zero_2": rate["ours, large, ZeRO-2"] / rate["open_clip, large, DDP"],
+        "vs_open_clip_data": rate["ours, tiny, ZeRO-0"] / rate["open_clip, tiny, DDP"],
+        "vs_open_clip_data_zero_2": rate["ours, tiny, ZeRO-2"] / rate["open_clip, tiny, DDP"],
+        "vs_bare_memory_fed": rate["memory-fed, tiny, ZeRO-2"] / rate["bare, tiny, ZeRO-2"],
+        "vs_core_bound": vs_cores("large"),
+        "vs_core_bound_data": vs_cores("tiny"),
+        "communication_share": median["ours, large, ZeRO-0"]["communication_share"],
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    fields = ("samples_per_s", "communication_share", "data_wait_share", "cpu_s_per_sample")
+    print(f"{'side':26}" + "".join(f"{field:>21}" for field in fields))
+    for case in CASES:
+        cells = [f"{result[case][f]:21.3f}" if f in result[case] else " " * 21 for f in fields]
+        print(f"{case:26}" + "".join(cells))
+    for field, value in result.items():
+        if not isinstance(value, dict):
+            print(f"{field:30}{value:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

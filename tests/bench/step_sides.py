@@ -1,0 +1,291 @@
+"""One side of the step's bench, in processes of its own: python step_sides.py SIDE OPTIONS.
+
+Every side trains the same two towers (a timm ViT, a BERT of transformers) with two workers of one
+thread each, and ends with one JSON object: the samples/s of each measured step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from photos import caption, photos
+from stream_sides import tar_urls
+
+from clip_ray.cli import demo_config_path
+from clip_ray.config import Config
+from clip_ray.config_file import load_config
+from clip_ray.data.tokenizer import make_tokenizer
+from clip_ray.storage import Storage
+
+WORKERS, SIZE, LENGTH, VOCABULARY = 2, 224, 77, 49408
+DECODED = 300
+# Times its steps that the stream goes on, so that its readers work to the end.
+STEPS_BEYOND = 2
+# name: (image kwargs, text kwargs, embed_dim, pairs of a worker and step, steps, first measured).
+# With tiny towers the readers begin some 40 steps ahead, which is not what lasts.
+TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, int, int]] = {
+    "large": (
+        {"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
+        {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+         "num_attention_heads": 8},
+        512, 32, 2, 1,
+    ),
+    "tiny": (
+        {"patch_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2},
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+         "num_attention_heads": 2},
+        64, 64, 100, 50,
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("--towers", choices=TOWERS, default="tiny")
+    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--raw", required=True)
+    arguments = parser.parse_args()
+    print(json.dumps(SIDES[arguments.side](arguments)))
+
+
+def bench_config(arguments: argparse.Namespace) -> Config:
+    image, text, embed_dim, local_batch, *_ = TOWERS[arguments.towers]
+    fields = {
+        "model.preset": "null",
+        "model.embed_dim": embed_dim,
+        "model.image.timm_name": "vit_base_patch32_224",
+        "model.image.size": SIZE,
+        **{f"model.image.kwargs.{name}": value for name, value in image.items()},
+        "model.text.model_type": "bert",
+        **{f"model.text.kwargs.{name}": value for name, value in text.items()},
+        "model.text.kwargs.vocab_size": VOCABULARY,
+        "model.text.pooling": "mean",
+        "model.text.context_length": LENGTH,
+        "train.global_batch": WORKERS * local_batch,
+        "train.zero_stage": arguments.stage,
+        "train.epochs": 1,
+        "cluster.num_workers": WORKERS,
+        "cluster.readers_per_worker": 1,
+        "logging.every_steps": 1,
+        "data.source": arguments.raw,
+        "data.layout": "jsonl",
+        "data.shorter_side": "null",
+        "data.zero_shot_source": "null",
+        "data.cache_dir": f"{tempfile.gettempdir()}/clip-ray-bench",
+        "storage.root": arguments.root,
+        "name": f"{arguments.towers}-{arguments.stage}-{os.getpid()}",
+    }
+    return load_config(demo_config_path(), [f"{name}={value}" for name, value in fields.items()])
+
+
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The raw folder to shards, before anything is measured."""
+    from clip_ray.pipeline import prepare_data, session
+
+    config = bench_config(arguments)
+    with session(config, lambda line: None):
+        prepare_data(config, lambda line: None)
+    return {}
+
+
+def ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The whole harness over its stream, without the checkpoint at the end."""
+    return harness(arguments, quiet_worker)
+
+
+def memory_fed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The harness, its batches from memory."""
+    return harness(arguments, memory_worker)
+
+
+def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
+    from clip_ray.pipeline import session
+    from clip_ray.training import launch
+
+    launch._worker = worker
+    config = bench_config(arguments)
+    with session(config, lambda line: None):
+        launch.train(config, lambda line: None)
+    log = Storage(config.run_root).read_json("bench.json")
+    first = TOWERS[arguments.towers][5]
+    return {
+        "rates": [entry["images_per_s"] for entry in log[first:]],
+        "communication_share": max(entry["communication_share"] for entry in log),
+        "data_wait_share": float(np.mean([entry["data_wait_share"] for entry in log[first:]])),
+    }
+
+
+def quiet_worker(loop_config: dict[str, Any], memory: bool = False) -> None:
+    """A worker as ever that stops after the bench's steps and writes its log alone."""
+    from clip_ray.collectives import rank
+    from clip_ray.training import launch, loop
+
+    steps = TOWERS[loop_config["config"]["name"].split("-")[0]][4]
+
+    class Trainer(loop.Trainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.total_steps = steps
+            if memory:
+                self.context.micro_batches = lambda start_step: memory_batches(self.config)
+
+        def train(self) -> None:
+            super().train()
+            if rank() == 0:
+                self.run.write_json("bench.json", self.log)
+
+        def _end_epoch(self, step: int) -> None:
+            pass
+
+    loop.Trainer = Trainer
+    launch._worker(loop_config | {"total_steps": STEPS_BEYOND * steps})
+
+
+def memory_worker(loop_config: dict[str, Any]) -> None:
+    quiet_worker(loop_config, memory=True)
+
+
+def memory_batches(config: Config) -> Iterator[dict[str, np.ndarray]]:
+    """The same random batch for ever."""
+    rng = np.random.default_rng(0)
+    batch, size = config.local_batch, config.model.image.size
+    arrays = {
+        "images": rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8),
+        "token_ids": rng.integers(4, 400, (batch, 1, LENGTH), dtype=np.int32),
+        "token_lengths": np.full((batch, 1), 12, dtype=np.int32),
+    }
+    while True:
+        yield arrays
+
+
+def bare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same engine, stage and batch in a plain loop, fed from memory, without Ray."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from process_group import run_ranks
+
+    rates, cpu_s = zip(*run_ranks(WORKERS, bare_rank, arguments), strict=True)
+    return {"rates": rates[0], "cpu_s_per_sample": sum(cpu_s)}
+
+
+def bare_rank(arguments: argparse.Namespace) -> tuple[list[float], float]:
+    """Samples/s of each measured step, and CPU seconds of this rank for each sample of all."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from clip_ray.model.clip import CLIP
+    from clip_ray.training.engine import Engine
+
+    config = bench_config(arguments)
+    tokenizer = make_tokenizer(config.model.text, [caption(0)])
+    engine = Engine(CLIP(config.model, tokenizer.vocab_size, config.loss), config)
+    batch = {name: torch.from_numpy(a) for name, a in next(memory_batches(config)).items()}
+    *_, steps, first = TOWERS[arguments.towers]
+    rates, cpu_from_s = [], 0.0
+    for step in range(steps):
+        if step == first:
+            cpu_from_s = time.process_time()
+        started_s = time.perf_counter()
+        engine.train_step(batch, lr=1e-4)
+        rates.append(config.train.global_batch / (time.perf_counter() - started_s))
+    samples = (steps - first) * config.train.global_batch
+    return rates[first:], (time.process_time() - cpu_from_s) / samples
+
+
+def decode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds of one process to decode and crop a photograph."""
+    from stream_sides import decode_all
+
+    jpegs = list(photos(DECODED))
+    started_s = time.process_time()
+    decode_all(jpegs, 1)
+    return {"cpu_s_per_sample": (time.process_time() - started_s) / DECODED}
+
+
+def open_clip(arguments: argparse.Namespace) -> dict[str, Any]:
+    """open_clip's own training program under torchrun, with the same towers and images."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={WORKERS}",
+        "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
+        __file__, "open_clip_rank", "--towers", arguments.towers, "--root", arguments.root,
+        "--raw", arguments.raw,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    rates = re.findall(r"Batch \(t\): [\d.]+, ([\d.e+]+)/s", done.stderr + done.stdout)
+    if done.returncode or not rates:
+        raise SystemExit(done.stderr[-3000:])
+    return {"rates": [float(rate) for rate in rates][TOWERS[arguments.towers][5] :]}
+
+
+def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What torchrun starts. On a CPU, its program passes DDP a device id, which DDP refuses."""
+    import timm
+    from open_clip.factory import add_model_config
+    from open_clip_train.main import main as train
+    from timm.models import register_model
+    from transformers import BertConfig, BertModel
+
+    image, text, embed_dim, local_batch, steps, _ = TOWERS[arguments.towers]
+
+    def bench_vit(**kwargs: Any) -> torch.nn.Module:
+        return timm.create_model("vit_base_patch32_224", **(image | kwargs))
+
+    bench_vit.__module__ = "timm.models.vision_transformer"
+    register_model(bench_vit)
+
+    class DataParallel(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module: torch.nn.Module, device_ids: Any = None, **kwargs: Any) -> None:
+            super().__init__(module, **kwargs)
+
+    torch.nn.parallel.DistributedDataParallel = DataParallel  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        # It reads weights even where the config says that there are none.
+        BertModel(BertConfig(vocab_size=VOCABULARY, **text)).save_pretrained(f"{folder}/bert")
+        model = {
+            "embed_dim": embed_dim,
+            "vision_cfg": {"timm_model_name": "bench_vit", "timm_pool": "token",
+                           "timm_proj": "linear", "image_size": SIZE},
+            "text_cfg": {"hf_model_name": f"{folder}/bert",
+                         "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler",
+                         "context_length": LENGTH, "vocab_size": VOCABULARY},
+        }  # fmt: skip
+        Path(folder, "bench.json").write_text(json.dumps(model))
+        add_model_config(Path(folder, "bench.json"))
+        urls = [f"pipe:curl -s -f '{url}'" for url in tar_urls(arguments.root)]
+        samples = steps * WORKERS * local_batch
+        train(
+            [
+                "--model", "bench", "--device", "cpu", "--dist-backend", "gloo",
+                "--precision", "fp32", "--dataset-type", "webdataset",
+                "--train-data", "::".join(urls), "--train-num-samples", str(samples),
+                "--batch-size", str(local_batch), "--workers", "1", "--epochs", "1",
+                "--local-loss", "--gather-with-grad", "--log-every-n-steps", "1",
+                "--logs", "none", "--warmup", "10", "--lr", "1e-4",
+            ]
+        )  # fmt: skip
+    return {}
+
+
+SIDES = {
+    "prepare": prepare,
+    "ours": ours,
+    "memory_fed": memory_fed,
+    "bare": bare,
+    "decode": decode,
+    "open_clip": open_clip,
+    "open_clip_rank": open_clip_rank,
+}
+
+if __name__ == "__main__":
+    main()
