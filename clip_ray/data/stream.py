@@ -7,6 +7,7 @@ length is a chain of them, each begun before the one before it ends.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import ray.data
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from ray.data import ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from clip_ray.config import DataConfig
 from clip_ray.data.images import decode_prepared
@@ -42,6 +45,7 @@ UNITS_BEGUN = 2
 # Of a worker's finished units in the object store, so that nothing spills. Beside them are those
 # at the readers and three on their way to the worker.
 STORE_BYTES = 256 * 2**20
+SCHEDULER_PAUSE_S = 0.02
 UNITS_PER_LINK = 2000
 # Units before a link's end at which the next one starts its readers, which takes seconds.
 UNITS_AHEAD = 40
@@ -125,6 +129,7 @@ class _Link:
         blocks = [pa.table({"first_step": [first]}) for first in firsts]
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
+        context.custom_execution_callback_classes = [_Unhurried]
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(
             object_store_memory=max(STORE_BYTES, 2 * spec.unit_bytes)
@@ -151,6 +156,17 @@ class _Link:
     def __iter__(self) -> Iterator[Arrays]:
         yield self._first.result()
         yield from self._units
+
+
+class _Unhurried(ExecutionCallback):
+    """Lets Ray Data's scheduler take its time.
+
+    It runs in a thread of the training worker. Where the readers are ahead and must wait, it would
+    look for work without a pause, and take the interpreter from the training.
+    """
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        time.sleep(SCHEDULER_PAUSE_S)
 
 
 class UnitLoader:
