@@ -39,7 +39,8 @@ CASES: dict[str, list[str]] = {
     "open_clip, tiny, DDP": ["open_clip"],
     "memory-fed, tiny, ZeRO-2": ["memory_fed", "--stage", "2"],
     "bare, tiny, ZeRO-2": ["bare", "--stage", "2"],
-    "decode": ["decode"],
+    "decode, large": ["decode", "--towers", "large"],
+    "decode, tiny": ["decode"],
 }
 
 
@@ -90,11 +91,11 @@ def run_side(side: list[str], options: list[str]) -> dict[str, Any]:
 
 def ratios(median: dict[str, dict[str, float]]) -> dict[str, float]:
     rate = {case: found.get("samples_per_s", 0.0) for case, found in median.items()}
-    decode_s, cores = median["decode"]["cpu_s_per_sample"], os.cpu_count() or 1
 
     def vs_cores(towers: str) -> float:
-        step_s = median[f"bare, {towers}, ZeRO-2"]["cpu_s_per_sample"]
-        return rate[f"ours, {towers}, ZeRO-2"] * (step_s + decode_s) / cores
+        cases = f"bare, {towers}, ZeRO-2", f"decode, {towers}"
+        needed_s = sum(median[case]["cpu_s_per_sample"] for case in cases)
+        return rate[f"ours, {towers}, ZeRO-2"] * needed_s / (os.cpu_count() or 1)
 
     return {
         "vs_open_clip_compute": rate["ours, large, ZeRO-0"] / rate["open_clip, large, DDP"],

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,40 @@ from clip_ray.config_file import load_config
 from clip_ray.data.tokenizer import make_tokenizer
 from clip_ray.storage import Storage
 
-WORKERS, SIZE, LENGTH, VOCABULARY = 2, 224, 77, 49408
+WORKERS, LENGTH, VOCABULARY = 2, 77, 49408
 DECODED = 300
 # Times its steps that the stream goes on, so that its readers work to the end.
 STEPS_BEYOND = 2
-# name: (image kwargs, text kwargs, embed_dim, pairs of a worker and step, steps, first measured).
-# With tiny towers the readers begin some 40 steps ahead, which is not what lasts.
-TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, int, int]] = {
-    "large": (
-        {"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
-        {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-         "num_attention_heads": 8},
-        512, 32, 2, 1,
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The same on every side, with the steps that are trained and the first that is measured."""
+
+    size: int
+    image: dict[str, Any]
+    text: dict[str, Any]
+    embed_dim: int
+    local_batch: int
+    steps: int
+    first: int
+
+
+TOWERS = {
+    "large": Towers(
+        size=224,
+        image={"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
+        text={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+              "num_attention_heads": 8},
+        embed_dim=512, local_batch=32, steps=2, first=1,
     ),
-    "tiny": (
-        {"patch_size": 32, "embed_dim": 64, "depth": 1, "num_heads": 2},
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
-         "num_attention_heads": 2},
-        64, 64, 100, 50,
+    # The readers begin some 40 steps ahead, which is not what lasts.
+    "tiny": Towers(
+        size=112,
+        image={"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 1},
+        text={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 1},
+        embed_dim=32, local_batch=64, steps=100, first=50,
     ),
 }  # fmt: skip
 
@@ -63,19 +80,19 @@ def main() -> None:
 
 
 def bench_config(arguments: argparse.Namespace) -> Config:
-    image, text, embed_dim, local_batch, *_ = TOWERS[arguments.towers]
+    towers = TOWERS[arguments.towers]
     fields = {
         "model.preset": "null",
-        "model.embed_dim": embed_dim,
+        "model.embed_dim": towers.embed_dim,
         "model.image.timm_name": "vit_base_patch32_224",
-        "model.image.size": SIZE,
-        **{f"model.image.kwargs.{name}": value for name, value in image.items()},
+        "model.image.size": towers.size,
+        **{f"model.image.kwargs.{name}": value for name, value in towers.image.items()},
         "model.text.model_type": "bert",
-        **{f"model.text.kwargs.{name}": value for name, value in text.items()},
+        **{f"model.text.kwargs.{name}": value for name, value in towers.text.items()},
         "model.text.kwargs.vocab_size": VOCABULARY,
         "model.text.pooling": "mean",
         "model.text.context_length": LENGTH,
-        "train.global_batch": WORKERS * local_batch,
+        "train.global_batch": WORKERS * towers.local_batch,
         "train.zero_stage": arguments.stage,
         "train.epochs": 1,
         "cluster.num_workers": WORKERS,
@@ -121,7 +138,7 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
     with session(config, lambda line: None):
         launch.train(config, lambda line: None)
     log = Storage(config.run_root).read_json("bench.json")
-    first = TOWERS[arguments.towers][5]
+    first = TOWERS[arguments.towers].first
     return {
         "rates": [entry["images_per_s"] for entry in log[first:]],
         "communication_share": max(entry["communication_share"] for entry in log),
@@ -134,7 +151,7 @@ def quiet_worker(loop_config: dict[str, Any], memory: bool = False) -> None:
     from clip_ray.collectives import rank
     from clip_ray.training import launch, loop
 
-    steps = TOWERS[loop_config["config"]["name"].split("-")[0]][4]
+    steps = TOWERS[loop_config["config"]["name"].split("-")[0]].steps
 
     class Trainer(loop.Trainer):
         def __init__(self, *arguments: Any) -> None:
@@ -191,7 +208,7 @@ def bare_rank(arguments: argparse.Namespace) -> tuple[list[float], float]:
     tokenizer = make_tokenizer(config.model.text, [caption(0)])
     engine = Engine(CLIP(config.model, tokenizer.vocab_size, config.loss), config)
     batch = {name: torch.from_numpy(a) for name, a in next(memory_batches(config)).items()}
-    *_, steps, first = TOWERS[arguments.towers]
+    steps, first = TOWERS[arguments.towers].steps, TOWERS[arguments.towers].first
     rates, cpu_from_s = [], 0.0
     for step in range(steps):
         if step == first:
@@ -209,7 +226,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
 
     jpegs = list(photos(DECODED))
     started_s = time.process_time()
-    decode_all(jpegs, 1)
+    decode_all(jpegs, 1, TOWERS[arguments.towers].size)
     return {"cpu_s_per_sample": (time.process_time() - started_s) / DECODED}
 
 
@@ -225,7 +242,7 @@ def open_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     rates = re.findall(r"Batch \(t\): [\d.]+, ([\d.e+]+)/s", done.stderr + done.stdout)
     if done.returncode or not rates:
         raise SystemExit(done.stderr[-3000:])
-    return {"rates": [float(rate) for rate in rates][TOWERS[arguments.towers][5] :]}
+    return {"rates": [float(rate) for rate in rates][TOWERS[arguments.towers].first :]}
 
 
 def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -236,10 +253,12 @@ def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     from timm.models import register_model
     from transformers import BertConfig, BertModel
 
-    image, text, embed_dim, local_batch, steps, _ = TOWERS[arguments.towers]
+    towers = TOWERS[arguments.towers]
 
     def bench_vit(**kwargs: Any) -> torch.nn.Module:
-        return timm.create_model("vit_base_patch32_224", **(image | kwargs))
+        return timm.create_model(
+            "vit_base_patch32_224", **(towers.image | {"img_size": towers.size} | kwargs)
+        )
 
     bench_vit.__module__ = "timm.models.vision_transformer"
     register_model(bench_vit)
@@ -251,11 +270,13 @@ def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.nn.parallel.DistributedDataParallel = DataParallel  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         # It reads weights even where the config says that there are none.
-        BertModel(BertConfig(vocab_size=VOCABULARY, **text)).save_pretrained(f"{folder}/bert")
+        BertModel(BertConfig(vocab_size=VOCABULARY, **towers.text)).save_pretrained(
+            f"{folder}/bert"
+        )
         model = {
-            "embed_dim": embed_dim,
+            "embed_dim": towers.embed_dim,
             "vision_cfg": {"timm_model_name": "bench_vit", "timm_pool": "token",
-                           "timm_proj": "linear", "image_size": SIZE},
+                           "timm_proj": "linear", "image_size": towers.size},
             "text_cfg": {"hf_model_name": f"{folder}/bert",
                          "hf_proj_type": "linear", "hf_pooler_type": "mean_pooler",
                          "context_length": LENGTH, "vocab_size": VOCABULARY},
@@ -263,13 +284,13 @@ def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         Path(folder, "bench.json").write_text(json.dumps(model))
         add_model_config(Path(folder, "bench.json"))
         urls = [f"pipe:curl -s -f '{url}'" for url in tar_urls(arguments.root)]
-        samples = steps * WORKERS * local_batch
+        samples = towers.steps * WORKERS * towers.local_batch
         train(
             [
                 "--model", "bench", "--device", "cpu", "--dist-backend", "gloo",
                 "--precision", "fp32", "--dataset-type", "webdataset",
                 "--train-data", "::".join(urls), "--train-num-samples", str(samples),
-                "--batch-size", str(local_batch), "--workers", "1", "--epochs", "1",
+                "--batch-size", str(towers.local_batch), "--workers", "1", "--epochs", "1",
                 "--local-loss", "--gather-with-grad", "--log-every-n-steps", "1",
                 "--logs", "none", "--warmup", "10", "--lr", "1e-4",
             ]

@@ -178,14 +178,14 @@ def bare(arguments: argparse.Namespace) -> dict[str, float]:
     return {"steady": rounds * len(jpegs) / (time.perf_counter() - started)}
 
 
-def decode_all(jpegs: list[bytes], rounds: int) -> None:
+def decode_all(jpegs: list[bytes], rounds: int, size: int = SIZE) -> None:
     from clip_ray.data.images import decode_prepared
     from clip_ray.data.transforms import random_resized_crop
 
     rng, crop = np.random.default_rng(0), ((0.9, 1.0), (0.75, 4 / 3))
     for _ in range(rounds):
         for jpeg in jpegs:
-            np.asarray(random_resized_crop(decode_prepared(jpeg), SIZE, *crop, rng))
+            np.asarray(random_resized_crop(decode_prepared(jpeg), size, *crop, rng))
 
 
 SIDES = {
