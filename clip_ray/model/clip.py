@@ -19,10 +19,7 @@ class CLIP(nn.Module):
     `architecture` is a config that builds the same model, without weights, from nothing but itself.
     """
 
-    def __init__(
-        self, config: ModelConfig, vocab_size: int, loss: LossConfig | None = None
-    ) -> None:
-        loss = loss or LossConfig()
+    def __init__(self, config: ModelConfig, vocab_size: int, loss: LossConfig) -> None:
         super().__init__()
         self.image = ImageTower(config.image)
         self.text = TextTower(config.text, vocab_size)
@@ -87,7 +84,8 @@ def hollow_model(config: ModelConfig, vocab_size: int = 1) -> CLIP:
     )
     text = config.text.model_copy(update={"pretrained": False})
     with torch.device("meta"):
-        return CLIP(config.model_copy(update={"image": image, "text": text}), vocab_size)
+        hollow = config.model_copy(update={"image": image, "text": text})
+        return CLIP(hollow, vocab_size, LossConfig())
 
 
 def _unit(features: Tensor) -> Tensor:

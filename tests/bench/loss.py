@@ -155,7 +155,7 @@ def towers_step() -> Step:
     overrides = ["model={preset: vit-b-32}", "train.global_batch=128"]
     shapes = Path(__file__).parents[2] / "jobs" / "configs" / "shapes.yaml"
     config = load_config(shapes, overrides)
-    model = CLIP(config.model, vocab_size=49408)
+    model = CLIP(config.model, 49408, config.loss)
     images = torch.randint(0, 256, (TOWER_BATCH, 224, 224, 3), dtype=torch.uint8)
     token_ids = torch.randint(4, 49408, (TOWER_BATCH, 77))
     token_lengths = torch.full((TOWER_BATCH,), 77)

@@ -256,9 +256,10 @@ def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     towers = TOWERS[arguments.towers]
 
     def bench_vit(**kwargs: Any) -> torch.nn.Module:
-        return timm.create_model(
-            "vit_base_patch32_224", **(towers.image | {"img_size": towers.size} | kwargs)
-        )
+        options: dict[str, Any] = {"img_size": towers.size}
+        options.update(towers.image)
+        options.update(kwargs)
+        return timm.create_model("vit_base_patch32_224", **options)
 
     bench_vit.__module__ = "timm.models.vision_transformer"
     register_model(bench_vit)

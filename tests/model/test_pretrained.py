@@ -11,7 +11,7 @@ from conftest import SHAPES_YAML
 from PIL import Image
 
 from clip_ray import load_model
-from clip_ray.config import ModelConfig
+from clip_ray.config import LossConfig, ModelConfig
 from clip_ray.config_file import load_config
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
 from clip_ray.errors import RunError
@@ -25,7 +25,7 @@ CAPTIONS = ["a large red star at the top left", "a small blue ring"]
 def packed(config: ModelConfig) -> tuple[CLIP, CaptionTokenizer, dict[str, bytes]]:
     torch.manual_seed(3)
     tokenizer = make_tokenizer(config.text, CAPTIONS)
-    model = CLIP(config, tokenizer.vocab_size).eval()
+    model = CLIP(config, tokenizer.vocab_size, LossConfig()).eval()
     files = pack_weights(model.state_dict(), model.architecture, tokenizer, {"step": 7})
     return model, tokenizer, files
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 from clip_ray import load_model
-from clip_ray.config import ModelConfig
+from clip_ray.config import LossConfig, ModelConfig
 from clip_ray.config_file import merge
 from clip_ray.errors import ConfigError
 from clip_ray.model.clip import CLIP
@@ -30,7 +30,7 @@ CAPTIONS = ["red star", "blue ring"]
 def test_presets_build_at_their_size_and_without_dropout(preset: str, millions: int) -> None:
     config = ModelConfig.model_validate(MODEL_PRESETS[preset])
     with torch.device("meta"):
-        model = CLIP(config, config.text.vocab_size)
+        model = CLIP(config, config.text.vocab_size, LossConfig())
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert round(count) == millions
     dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
@@ -109,4 +109,4 @@ def test_what_cannot_be_built_is_said_with_field_and_fix(over: Any, said: str) -
     if "image" in over:
         tree["image"]["kwargs"] = {}
     with pytest.raises(ConfigError, match=said):
-        CLIP(ModelConfig.model_validate(tree), vocab_size=300)
+        CLIP(ModelConfig.model_validate(tree), 300, LossConfig())
