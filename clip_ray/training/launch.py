@@ -35,6 +35,13 @@ FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
 )  # fmt: skip
+# Training runs in a thread, whose allocator gives large tensors back to the system after every
+# operation, and takes their pages anew: a sixth of a step on a CPU. With these it keeps them.
+WORKER_ENV = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+}
 
 
 @contextlib.contextmanager
@@ -162,6 +169,7 @@ def _fit(
                 storage_filesystem=arrow_filesystem(),
                 failure_config=FailureConfig(max_failures=config.cluster.max_failures),
                 callbacks=list(callbacks),
+                worker_runtime_env={"env_vars": WORKER_ENV},
             ),
         )
         try:
