@@ -138,11 +138,11 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
     with session(config, lambda line: None):
         launch.train(config, lambda line: None)
     log = Storage(config.run_root).read_json("bench.json")
-    first = TOWERS[arguments.towers].first
+    measured = [entry for entry in log if entry["step"] > TOWERS[arguments.towers].first]
     return {
-        "rates": [entry["images_per_s"] for entry in log if entry["step"] > first],
-        "communication_share": max(entry["communication_share"] for entry in log),
-        "data_wait_share": float(np.mean([entry["data_wait_share"] for entry in log[-5:]])),
+        "rates": [entry["images_per_s"] for entry in measured],
+        "communication_share": max(entry["communication_share"] for entry in measured),
+        "data_wait_share": float(np.mean([entry["data_wait_share"] for entry in measured])),
     }
 
 
@@ -235,10 +235,11 @@ def open_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={WORKERS}",
         "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-        __file__, "open_clip_rank", "--towers", arguments.towers, "--root", arguments.root,
+        str(Path(__file__).resolve()), "open_clip_rank", "--towers", arguments.towers, "--root", arguments.root,
         "--raw", arguments.raw,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # it writes logs even where it is told none
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     rates = re.findall(r"Batch \(t\): [\d.]+, ([\d.e+]+)/s", done.stderr + done.stdout)
     if done.returncode or not rates:
         raise SystemExit(done.stderr[-3000:])
