@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from clip_ray.loss.contrastive import contrastive_loss
 from clip_ray.model.clip import CLIP
 from clip_ray.model.groups import learning_rate_factors
 from clip_ray.training.cached import Outputs, RandomState, leaves_of, surrogate
-from clip_ray.training.hardware import resolve_precision
+from clip_ray.training.hardware import Precision, resolve_precision
 from clip_ray.training.masters import Masters
 
 INPUTS = ("images", "token_ids", "token_lengths")
@@ -45,11 +44,15 @@ class StepResult:
 
 
 class Engine:
-    """A CLIP model under DeepSpeed. Every method must be called by every rank."""
+    """A CLIP model under DeepSpeed; `masters` is the state behind it, `precision` its forward's.
+
+    Every method must be called by every rank.
+    """
 
     def __init__(self, model: CLIP, config: Config) -> None:
         logger.setLevel(logging.WARNING)
         self.max_logit_scale = math.log(config.loss.max_scale)
+        self.precision: Precision = resolve_precision(config.train.precision)
         self._loss_config = config.loss
         self._local_batch, self._micro_batch = config.local_batch, config.micro_batch
         model.recompute(config.train.recompute)
@@ -70,7 +73,6 @@ class Engine:
         self.device = self._engine.device
         train = config.train
         self.masters = Masters(self.module, self._optimizer, train.zero_stage, train.ema_decay)
-        self._step = 0
         if train.compile:
             model.compile_towers()
 
@@ -101,10 +103,9 @@ class Engine:
             overflow = bool(getattr(self._optimizer, "overflow", False))
             norm = 0.0 if overflow else float(self._engine.get_global_grad_norm() or 0)
             result = replace(result, skipped=overflow, grad_norm=norm)
-        self._step += 1
         self.clamp_logit_scale()
         if not result.skipped:
-            self.masters.update_average(self._step)
+            self.masters.update_average()
         return result
 
     def _forward_and_backward(self, batch: Mapping[str, Tensor]) -> StepResult:
@@ -179,23 +180,6 @@ class Engine:
         master = self.masters.get(parameter)
         if float(master) > self.max_logit_scale:
             self.masters.set(parameter, torch.full_like(master, self.max_logit_scale))
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Lets the model have its averaged weights, where the config wants such, in the block."""
-        return self.masters.averaged()
-
-    def weights(self) -> dict[str, Tensor]:
-        """Every parameter in fp32 and every persistent buffer, on the CPU, by name."""
-        return self.masters.weights()
-
-    def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, in full, on the CPU: see Masters.state."""
-        return self.masters.state()
-
-    def load_state(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Takes what `state()` gave after `step` steps, at whatever world size and stage."""
-        self._step = step
-        self.masters.load_state(tensors)
 
 
 def parameter_groups(model: CLIP, optim: OptimConfig) -> list[dict[str, Any]]:

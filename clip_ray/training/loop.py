@@ -23,7 +23,7 @@ from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
 from clip_ray.training.context import WorkerContext
 from clip_ray.training.engine import INPUTS, Engine, StepResult, deepspeed_config
 from clip_ray.training.flops import step_flops
-from clip_ray.training.hardware import Precision, device_name, resolve_precision
+from clip_ray.training.hardware import device_name
 from clip_ray.training.meter import StepMeter
 from clip_ray.training.run import METRICS_KEY, make_order, run_identity
 from clip_ray.training.run_log import open_run_logs
@@ -46,7 +46,6 @@ class Trainer:
         model = CLIP(config.model, tokenizer.vocab_size, config.loss)
         self.architecture = model.architecture
         self.engine = Engine(model, config)
-        self._precision: Precision = resolve_precision(config.train.precision)
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
         self._skipped = self._skipped_in_a_row = 0
@@ -56,6 +55,13 @@ class Trainer:
     def train(self) -> None:
         """Runs from the newest checkpoint to the last step."""
         self._say_what_it_runs_on()
+        try:
+            self._run_steps()
+        finally:
+            for log in self._logs:
+                log.close()
+
+    def _run_steps(self) -> None:
         micro_batches = self.context.micro_batches(self.start_step)
         self._meter = self._new_meter()
         self._started_s = time.monotonic()
@@ -72,15 +78,13 @@ class Trainer:
                 self._log_step(done, result, lr)
             if ends_epoch:
                 self._end_epoch(done)
-        for log in self._logs:
-            log.close()
 
     def _say_what_it_runs_on(self) -> None:
         if rank() == 0:
             train = self.config.train
             self.context.say(
                 f"train: {self.config.cluster.num_workers} workers on "
-                f"{device_name(self.engine.device)}, {backend()}, {self._precision}, "
+                f"{device_name(self.engine.device)}, {backend()}, {self.engine.precision}, "
                 f"ZeRO-{train.zero_stage}"
             )
 
@@ -90,7 +94,7 @@ class Trainer:
             step_flops(self.config, self.tokenizer.vocab_size),
             self.config.cluster.num_workers,
             self.engine.device,
-            self._precision,
+            self.engine.precision,
         )
 
     def _count_skipped(self, step: int, result: StepResult) -> None:
@@ -141,7 +145,7 @@ class Trainer:
 
     def _end_epoch(self, step: int) -> None:
         epoch = step // self.order.steps_per_epoch
-        with self.engine.averaged():
+        with self.engine.masters.averaged():
             metrics = self.validation(self.engine)
         self.log[-1] = self.log[-1] | metrics
         self._write_logs(metrics)
@@ -152,9 +156,9 @@ class Trainer:
         self._meter.restart()
 
     def _checkpoint(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        state = self.engine.state()
-        with self.engine.averaged():
-            weights = self.engine.weights()
+        state = self.engine.masters.state()
+        with self.engine.masters.averaged():
+            weights = self.engine.masters.weights()
         if rank() == 0:
             best = best_of(self.checkpoints.list())
             if best is None or metrics[BEST_METRIC] >= best.metrics[BEST_METRIC]:
@@ -178,7 +182,7 @@ class Trainer:
             self.run.write_json("deepspeed.json", deepspeed_config(self.config))
         if newest is None:
             return 0
-        self.engine.load_state(self.checkpoints.read(newest), newest.step)
+        self.engine.masters.load_state(self.checkpoints.read(newest))
         lines = self.run.read_bytes(METRICS_KEY).decode().splitlines()
         self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= newest.step]
         return newest.step

@@ -68,7 +68,7 @@ class Masters:
         if not self._inner.state:  # no step so far, or none that was not skipped
             self._materialise_moments(torch.zeros(()))
         self._link_moments()
-        tensors = {"optimizer/step": self._inner.state[self._flats()[0]]["step"].cpu().clone()}
+        tensors = {"optimizer/step": self._steps().cpu().clone()}
         for name, parameter in self._parameters():
             tensors[f"param/{name}"] = self.get(parameter).cpu().clone()
             for key in MOMENTS:
@@ -84,15 +84,15 @@ class Masters:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `state()` gave, at whatever world size and stage.
+        """Takes what `state()` gave, of whatever world size and stage.
 
         Where the average is new, it begins at these weights.
         """
         self._materialise_moments(tensors["optimizer/step"])
         if self._averages:
-            known = f"{AVERAGE}/" if any(name.startswith(f"{AVERAGE}/") for name in tensors) else ""
             for name, parameter in self._parameters():
-                self.set(parameter, tensors[f"{known or 'param/'}{name}"].to(parameter.device))
+                average = tensors.get(f"{AVERAGE}/{name}", tensors[f"param/{name}"])
+                self.set(parameter, average.to(parameter.device))
             self._swap()
         for name, parameter in self._parameters():
             self.set(parameter, tensors[f"param/{name}"].to(parameter.device))
@@ -125,14 +125,15 @@ class Masters:
         parameter.data.copy_(value)
 
     @torch.no_grad()
-    def update_average(self, step: int) -> None:
-        """Moves the average towards the weights after step number `step`, on each rank's shard.
+    def update_average(self) -> None:
+        """Moves the average towards the weights that a step has made, on each rank's shard.
 
-        The decay grows to its value as (1 + step) / (10 + step), as TensorFlow's does: the average
-        of a short run is not that of its start.
+        After n steps the decay has grown to (1 + n) / (10 + n), as TensorFlow's does, or to its
+        full value: the average of a short run is not that of its start.
         """
         if self._ema_decay is None:
             return
+        step = int(self._steps())
         decay = min(self._ema_decay, (1 + step) / (10 + step))
         for flat, average in zip(self._flats(), self._averages, strict=True):
             average.lerp_(flat.detach(), 1 - decay)
@@ -165,12 +166,14 @@ class Masters:
 
     def _flats(self) -> list[Tensor]:
         """The fp32 tensors that the inner AdamW updates: this rank's shard of all."""
-        names = [name for name in _FLAT_GROUPS if hasattr(self._optimizer, name)]
-        return list(
-            getattr(self._optimizer, names[0])
-            if names and not self._unsharded
-            else self._unsharded.values()
-        )
+        if self._unsharded:
+            return list(self._unsharded.values())
+        name = next(name for name in _FLAT_GROUPS if hasattr(self._optimizer, name))
+        return list(getattr(self._optimizer, name))
+
+    def _steps(self) -> Tensor:
+        """Steps that AdamW has made: those that were not skipped."""
+        return self._inner.state[self._flats()[0]]["step"]
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((n, p) for n, p in self._module.named_parameters() if p.requires_grad)

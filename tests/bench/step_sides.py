@@ -235,8 +235,8 @@ def open_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={WORKERS}",
         "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
-        str(Path(__file__).resolve()), "open_clip_rank", "--towers", arguments.towers, "--root", arguments.root,
-        "--raw", arguments.raw,
+        str(Path(__file__).resolve()), "open_clip_rank", "--towers", arguments.towers,
+        "--root", arguments.root, "--raw", arguments.raw,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:  # it writes logs even where it is told none
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)

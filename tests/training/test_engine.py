@@ -29,12 +29,12 @@ def outcome(stage: int, precision: str) -> Outcome:
     for _ in range(8):
         engine.masters.set(engine.module.logit_scale, torch.tensor([4.7]))
         stepped = not engine.train_step(batch(), lr=1e-3).skipped
-        scale = engine.weights()["logit_scale"]
+        scale = engine.masters.weights()["logit_scale"]
         largest = max(largest, float(scale))
-    state = engine.state()
+    state = engine.masters.state()
     resumed = make_engine(stage, precision, AVERAGED)
-    resumed.load_state(state, step=8)
-    restored = same(state, resumed.state())
+    resumed.masters.load_state(state)
+    restored = same(state, resumed.masters.state())
     for each in (engine, resumed):
         each.train_step(batch(), lr=1e-3)
     return {
@@ -42,7 +42,7 @@ def outcome(stage: int, precision: str) -> Outcome:
         "largest": largest,
         "stepped": stepped,  # in fp16 not from the start: the loss scale has to come down first
         "restored": restored,
-        "continued": same(engine.state(), resumed.state()),
+        "continued": same(engine.masters.state(), resumed.masters.state()),
     }
 
 
@@ -94,14 +94,14 @@ def skips_of_this_rank() -> list[bool]:
 def step_is_skipped(stage: int, micro_batch: int) -> bool:
     """One rank's loss is not finite; then a step as ever."""
     engine = make_engine(stage, "fp32", f"train.micro_batch={micro_batch}")
-    before, right = engine.weights(), engine._loss
+    before, right = engine.masters.weights(), engine._loss
     if rank() == 1:
         engine._loss = lambda outputs, image_ids: right(outputs, image_ids) * torch.nan
     skipped = engine.train_step(batch(), lr=1e-3).skipped
-    untouched = same(before, engine.weights())
+    untouched = same(before, engine.masters.weights())
     engine._loss = right
     stepped = not engine.train_step(batch(), lr=1e-3).skipped
-    return skipped and untouched and stepped and not same(before, engine.weights())
+    return skipped and untouched and stepped and not same(before, engine.masters.weights())
 
 
 @pytest.mark.cluster
@@ -135,7 +135,7 @@ def offloaded_of_this_rank() -> list[bool]:
         offloaded = make_engine(stage, "fp32", f"train.offload={offload}")
         for engine in (plain, offloaded):
             engine.train_step(batch(), lr=1e-3)
-        kept.append(close(plain.state(), offloaded.state()))
+        kept.append(close(plain.masters.state(), offloaded.masters.state()))
     return kept
 
 
@@ -144,12 +144,12 @@ def fixed_temperature_of_this_rank() -> list[bool]:
     kept = []
     for stage in (0, 2, 3):
         engine = make_engine(stage, "fp32", "loss.learn_temperature=false")
-        before = engine.weights()["logit_scale"]
+        before = engine.masters.weights()["logit_scale"]
         engine.train_step(batch(), lr=1e-3)
         resumed = make_engine(stage, "fp32", "loss.learn_temperature=false")
-        resumed.load_state(engine.state(), step=1)
-        kept.append(torch.equal(before, engine.weights()["logit_scale"]))
-        kept.append(same(engine.state(), resumed.state()))
+        resumed.masters.load_state(engine.masters.state())
+        kept.append(torch.equal(before, engine.masters.weights()["logit_scale"]))
+        kept.append(same(engine.masters.state(), resumed.masters.state()))
     return kept
 
 
@@ -163,7 +163,7 @@ def recomputed_of_this_rank() -> bool:
     engines = make_engine(3, "fp32"), make_engine(3, "fp32", "train.recompute=[image, text]")
     for engine in engines:
         engine.train_step(batch(), lr=1e-3)
-    return close(*(engine.state() for engine in engines))
+    return close(*(engine.masters.state() for engine in engines))
 
 
 @pytest.mark.cluster

@@ -111,7 +111,7 @@ def outcome(case: Case) -> dict[str, Tensor]:
     result = engine.train_step(mine, lr=1e-3)
     moments = {
         name.removeprefix("exp_avg/"): tensor / (1 - config.optim.betas[0])
-        for name, tensor in engine.state().items()
+        for name, tensor in engine.masters.state().items()
         if name.startswith("exp_avg/")
     }
     return {"loss": result.loss, **moments}

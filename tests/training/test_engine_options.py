@@ -40,21 +40,28 @@ def averages_of_this_rank() -> list[bool]:
 def average_is_right(stage: int, precision: str) -> bool:
     """The shards' average is that of the whole weights, and training does not see it."""
     engine = make_engine(stage, precision, "train.ema_decay=0.5")
-    wanted = engine.weights()
+    wanted = engine.masters.weights()
     for step in (1, 2):
         engine.train_step(batch(), lr=LR)
         decay = min(0.5, (1 + step) / (10 + step))
-        wanted = {n: torch.lerp(w, engine.weights()[n], 1 - decay) for n, w in wanted.items()}
-    trained, features = engine.weights(), engine.encode(images=batch()["images"])[0]
-    with engine.averaged():
-        averaged, other = engine.weights(), engine.encode(images=batch()["images"])[0]
+        wanted = {
+            n: torch.lerp(w, engine.masters.weights()[n], 1 - decay) for n, w in wanted.items()
+        }
+    trained, features = engine.masters.weights(), engine.encode(images=batch()["images"])[0]
+    with engine.masters.averaged():
+        averaged, other = engine.masters.weights(), engine.encode(images=batch()["images"])[0]
     again = engine.encode(images=batch()["images"])[0]
     assert features is not None
     assert other is not None
     assert again is not None
     right = all(torch.allclose(averaged[n], wanted[n], rtol=1e-5, atol=1e-7) for n in wanted)
     differs = not torch.equal(features, other)
-    return right and differs and same(trained, engine.weights()) and torch.equal(features, again)
+    return (
+        right
+        and differs
+        and same(trained, engine.masters.weights())
+        and torch.equal(features, again)
+    )
 
 
 @pytest.mark.cluster
@@ -71,12 +78,12 @@ def changes_of_this_rank() -> list[dict[str, float]]:
     found = []
     for stage in (0, 2, 3):
         engine = make_engine(stage, "fp32", *options)
-        before = engine.weights()
+        before = engine.masters.weights()
         engine.train_step(batch(), lr=LR)
-        after = engine.weights()
+        after = engine.masters.weights()
         resumed = make_engine(stage, "fp32", *options)
-        resumed.load_state(engine.state(), step=1)
-        assert same(engine.state(), resumed.state())
+        resumed.masters.load_state(engine.masters.state())
+        assert same(engine.masters.state(), resumed.masters.state())
         # AdamW's first step is the learning rate, whatever the gradient's size.
         found.append({n: float((after[n] - before[n]).abs().max() / LR) for n in before})
     return found
@@ -118,7 +125,7 @@ def replayed_of_this_rank() -> float:
     ]
     images, texts = (torch.cat([part[side] for part in parts]) for side in (0, 1))
     info_nce_reference(images, texts, parts[0][2]).backward()
-    state, errors = engine.state(), []
+    state, errors = engine.masters.state(), []
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         if parameter.grad.norm() > 1e-6:
@@ -150,7 +157,7 @@ def compiled_of_this_rank() -> list[float]:
             engine = make_engine(stage, "fp32", *options, f"train.compile={compiled}")
             torch.manual_seed(7)
             engine.train_step(batch(), lr=LR)
-            states.append(engine.state())
+            states.append(engine.masters.state())
         found.append(distance(*states))
     return found
 
