@@ -14,20 +14,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from photos import write_raw_set
-from stream import write_tars
+from sides import Figures, medians, run_side, stored_photos
 
-from clip_ray.cli import demo_config_path
-from clip_ray.config_file import load_config
-from clip_ray.embedded_s3 import storage_session
-
-SIDE_TIMEOUT_S = 900
 # name: side and its options
 CASES: dict[str, list[str]] = {
     "ours, large, ZeRO-0": ["ours", "--towers", "large", "--stage", "0"],
@@ -50,27 +41,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"storage.embedded_dir={folder}/s3", "storage.root=s3://clip-ray-bench/x"]
-        with storage_session(load_config(demo_config_path(), overrides).storage) as storage:
-            write_tars(storage, write_raw_set(Path(folder) / "raw", arguments.images))
-            options = ["--root", storage.root, "--raw", f"{folder}/raw"]
-            run_side(["prepare"], options)
-            rounds = [one_round(options) for _ in range(arguments.rounds)]
-    median = {
-        case: {field: statistics.median(one[case][field] for one in rounds) for field in found}
-        for case, found in rounds[0].items()
-    }
+    with stored_photos(arguments.images) as (_, options):
+        run_side("step_sides.py", ["prepare", *options])
+        median = medians([one_round(options) for _ in range(arguments.rounds)])
     result = ratios(median) | median
     print_table(result)
     if arguments.json:
         print(json.dumps({"rounds": arguments.rounds, **result}))
 
 
-def one_round(options: list[str]) -> dict[str, dict[str, float]]:
+def one_round(options: list[str]) -> dict[str, Figures]:
     found = {}
     for case, side in CASES.items():
-        one = run_side(side, options)
+        one = run_side("step_sides.py", [*side, *options], OMP_NUM_THREADS="1")
         if "rates" in one:
             # Steps are of one size: their mean rate is that of their mean time.
             one["samples_per_s"] = statistics.harmonic_mean(one.pop("rates"))
@@ -79,17 +62,7 @@ def one_round(options: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def run_side(side: list[str], options: list[str]) -> dict[str, Any]:
-    script = Path(__file__).with_name("step_sides.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *side, *options],
-        stdout=subprocess.PIPE, text=True, check=True, timeout=SIDE_TIMEOUT_S,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def ratios(median: dict[str, dict[str, float]]) -> dict[str, float]:
+def ratios(median: dict[str, Figures]) -> dict[str, float]:
     rate = {case: found.get("samples_per_s", 0.0) for case, found in median.items()}
 
     def vs_cores(towers: str) -> float:

@@ -10,28 +10,15 @@ object store (the embedded one, unless AWS_ENDPOINT_URL names another), with two
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
-import subprocess
 import sys
-import tarfile
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from measure import store_cpu_s
-from photos import caption, write_raw_set
-
-from clip_ray.cli import demo_config_path
-from clip_ray.config_file import load_config
-from clip_ray.embedded_s3 import storage_session
-from clip_ray.storage import Storage
+from sides import Figures, medians, run_side, stored_photos
 
 SIDES = ("ours", "open_clip", "hf_datasets", "bare")
-TAR_IMAGES = 500
-SIDE_TIMEOUT_S = 1800
 
 
 def main() -> None:
@@ -41,45 +28,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"storage.embedded_dir={folder}/s3", "storage.root=s3://clip-ray-bench/x"]
-        with storage_session(load_config(demo_config_path(), overrides).storage) as storage:
-            jpegs = write_raw_set(Path(folder) / "raw", arguments.images)
-            write_tars(storage, jpegs)
-            options = ["--root", storage.root, "--raw", f"{folder}/raw"]
-            options += ["--images", str(arguments.images), "--epochs", str(arguments.epochs)]
-            result = compare(arguments.repeats, options)
+    with stored_photos(arguments.images) as (jpegs, options):
+        options += ["--images", str(arguments.images), "--epochs", str(arguments.epochs)]
+        result = compare(arguments.repeats, options)
     result |= {"images": arguments.images, "mean_bytes": statistics.mean(map(len, jpegs))}
     print_table(result)
     if arguments.json:
         print(json.dumps(result))
 
 
-def write_tars(storage: Storage, jpegs: Sequence[bytes]) -> None:
-    """webdataset's shards of the same images."""
-    for start in range(0, len(jpegs), TAR_IMAGES):
-        buffer = io.BytesIO()
-        with tarfile.open(fileobj=buffer, mode="w") as archive:
-            for number, jpeg in enumerate(jpegs[start : start + TAR_IMAGES], start):
-                for suffix, data in (("jpg", jpeg), ("txt", caption(number).encode())):
-                    entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
-                    entry.size = len(data)
-                    archive.addfile(entry, io.BytesIO(data))
-        storage.write_bytes(f"tars/{start // TAR_IMAGES:05d}.tar", buffer.getvalue())
-
-
 def compare(repeats: int, options: list[str]) -> dict[str, Any]:
     """Each side once in every round; medians over the rounds."""
-    run_side("prepare", options)
-    rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(repeats):
-        for side, found in rounds.items():
-            found.append(run_side(side, options))
-            print(f"{side}: {found[-1]}", file=sys.stderr, flush=True)
-    median = {
-        side: {field: statistics.median(one[field] for one in found) for field in found[0]}
-        for side, found in rounds.items()
-    }
+    run_side("stream_sides.py", ["prepare", *options])
+    median = medians([one_round(options) for _ in range(repeats)])
     ours, peer = median["ours"], median["open_clip"]
     return {
         "vs_open_clip_steady": ours["steady"] / peer["steady"],
@@ -91,15 +52,14 @@ def compare(repeats: int, options: list[str]) -> dict[str, Any]:
     }
 
 
-def run_side(side: str, options: list[str]) -> dict[str, float]:
-    store_before_s = store_cpu_s()
-    script = Path(__file__).with_name("stream_sides.py")
-    done = subprocess.run(
-        [sys.executable, str(script), side, *options],
-        stdout=subprocess.PIPE, text=True, check=True, timeout=SIDE_TIMEOUT_S,
-    )  # fmt: skip
-    result = json.loads(done.stdout.splitlines()[-1])
-    return result | {"store_cpu_s": store_cpu_s() - store_before_s}
+def one_round(options: list[str]) -> dict[str, Figures]:
+    found = {}
+    for side in SIDES:
+        before_s = store_cpu_s()
+        figures = run_side("stream_sides.py", [side, *options])
+        found[side] = figures | {"store_cpu_s": store_cpu_s() - before_s}
+        print(f"{side}: {found[side]}", file=sys.stderr, flush=True)
+    return found
 
 
 def print_table(result: dict[str, Any]) -> None:
