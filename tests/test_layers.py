@@ -24,7 +24,8 @@ ALLOWED = {
     "boto3": {"storage"},
     "botocore": {"storage"},
 }
-WITHOUT_TORCH = {"config", "config_file", "presets", "data/order", "data/transforms",
+WITHOUT_TORCH = {"config/data", "config/fields", "config/model", "config/run",
+                 "config/training", "config_file", "presets", "data/order", "data/transforms",
                  "data/source",
                  "data/layouts", "data/images", "data/records", "data/shapes"}  # fmt: skip
 

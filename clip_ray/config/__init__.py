@@ -1,0 +1,30 @@
+"""The one typed configuration object: every section, field, bound and cross-field rule."""
+
+from clip_ray.config.data import DataConfig, Layout, StorageConfig
+from clip_ray.config.model import ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_ray.config.run import (
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    EvaluationConfig,
+    LoggingConfig,
+)
+from clip_ray.config.training import LossConfig, OptimConfig, TowerOptimConfig, TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "ImageTowerConfig",
+    "Layout",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "StorageConfig",
+    "TextTowerConfig",
+    "TowerOptimConfig",
+    "TrainConfig",
+]
