@@ -6,6 +6,9 @@ a config: what is written to storage holds no secret.
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -21,7 +24,9 @@ from pyarrow import fs
 
 from clip_ray.errors import RunError
 
+PART_BYTES = 32 * 2**20
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+_CONFLICT = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 
 
 class Storage:
@@ -59,6 +64,58 @@ class Storage:
         """Puts one object, whole or not at all."""
         with self._errors_named(key):
             _client().put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def write_verified(self, key: str, data: bytes) -> None:
+        """Puts one object, in parts where it is large; the server checks each part's MD5."""
+        with self._errors_named(key):
+            place = {"Bucket": self.bucket, "Key": self._key(key)}
+            if len(data) <= PART_BYTES:
+                _client().put_object(**place, Body=data, ContentMD5=_md5(data))
+                return
+            upload = place | {"UploadId": _client().create_multipart_upload(**place)["UploadId"]}
+            try:
+                parts = [
+                    {"PartNumber": number, "ETag": _put_part(upload, number, part)}
+                    for number, part in enumerate(_parts(data), start=1)
+                ]
+                _client().complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+            except BaseException:
+                with contextlib.suppress(ClientError, BotoCoreError):
+                    _client().abort_multipart_upload(**upload)
+                raise
+
+    def abort_uploads(self, prefix: str) -> None:
+        """Gives up the uploads in parts that were begun under `prefix` and not ended."""
+        with self._errors_named(prefix):
+            found = _client().list_multipart_uploads(Bucket=self.bucket, Prefix=self._key(prefix))
+            for upload in found.get("Uploads", []):
+                _client().abort_multipart_upload(
+                    Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+
+    def read_tagged(self, key: str) -> tuple[bytes | None, str | None]:
+        """The object's bytes and the tag of this version of it; None and None where it is not."""
+        with self._errors_named(key):
+            try:
+                found = _client().get_object(Bucket=self.bucket, Key=self._key(key))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in _NOT_FOUND:
+                    return None, None
+                raise
+            return found["Body"].read(), found["ETag"]
+
+    def write_if(self, key: str, data: bytes, tag: str | None) -> bool:
+        """Puts the object if it still has this tag (None: if it is not there); whether it did."""
+        # Ceph compares the tag as it stands, without the quotes that it came in.
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag.strip('"')}
+        with self._errors_named(key):
+            try:
+                _client().put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in _CONFLICT:
+                    return False
+                raise
+        return True
 
     def write_json(self, key: str, value: Any) -> None:
         """Puts `value` as indented JSON."""
@@ -163,6 +220,22 @@ def _reason(error: ClientError, bucket: str) -> str:
     return f"{error.operation_name} failed at {where}: {code or error}"
 
 
+def _md5(data: bytes | memoryview) -> str:
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _parts(data: bytes) -> Iterator[memoryview]:
+    view = memoryview(data)
+    return (view[start : start + PART_BYTES] for start in range(0, len(data), PART_BYTES))
+
+
+def _put_part(upload: dict[str, str], number: int, part: memoryview) -> str:
+    answer = _client().upload_part(
+        **upload, PartNumber=number, Body=bytes(part), ContentMD5=_md5(part)
+    )
+    return answer["ETag"]
+
+
 def _endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
@@ -177,7 +250,7 @@ def _client_of(endpoint: str | None, access_key: str | None, pid: int) -> Any:
     config = BotoConfig(
         retries={"max_attempts": 5, "mode": "standard"},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=30,
         max_pool_connections=32,
         # Ceph and other stores refuse the trailing checksums that are the SDK's default.
         request_checksum_calculation="when_required",
