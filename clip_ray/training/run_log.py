@@ -6,6 +6,7 @@ import importlib.util
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,12 +56,17 @@ def open_run_logs(config: Config, start_step: int) -> list[RunLog]:
 
 
 class _TensorBoard:
-    """Event files, written here and copied to the run's folder once a minute."""
+    """Event files, written here and copied to the run's folder once a minute, by a thread.
+
+    A store that is away does not hold the training up: what it missed is in the next copy.
+    """
 
     def __init__(self, run: Storage, start_step: int) -> None:
         from tensorboardX import SummaryWriter
 
         self._run, self._uploaded_s = run, time.monotonic()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._copying: Future[None] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="clip-ray-tensorboard-")
         # What an attempt that was cut wrote after its last checkpoint is not shown.
         self._writer = SummaryWriter(self._folder.name, purge_step=start_step + 1)
@@ -68,17 +74,19 @@ class _TensorBoard:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in _named(figures).items():
             self._writer.add_scalar(name, value, step)
-        if time.monotonic() - self._uploaded_s >= UPLOAD_INTERVAL_S:
-            self._upload()
+        late = time.monotonic() - self._uploaded_s >= UPLOAD_INTERVAL_S
+        if late and (self._copying is None or self._copying.done()):
+            self._uploaded_s = time.monotonic()
+            self._writer.flush()
+            self._copying = self._pool.submit(self._copy)
 
     def close(self) -> None:
-        self._upload()
+        self._pool.shutdown()
         self._writer.close()
+        self._copy()
         self._folder.cleanup()
 
-    def _upload(self) -> None:
-        self._uploaded_s = time.monotonic()
-        self._writer.flush()
+    def _copy(self) -> None:
         for path in Path(self._folder.name).iterdir():
             self._run.write_bytes(TENSORBOARD_PREFIX + path.name, path.read_bytes())
 
