@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import itertools
 import os
 import tempfile
@@ -98,7 +99,13 @@ class ShardReader:
         for _ in range(ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):  # another process made room for its own
                 return pa.ipc.open_file(pa.memory_map(str(self._path(*place)))).get_batch(0)
-            self._fetch(*place)
+            try:
+                self._fetch(*place)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # The disk is full: slower, since the next reader fetches it again, but it goes on.
+                return self._download(*place).combine_chunks().to_batches()[0]
         raise RunError(
             f"{self._folder}: row groups go as soon as they come; data.cache_mib must be larger"
         )

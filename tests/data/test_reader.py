@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -92,6 +93,21 @@ def test_a_shard_that_stays_unreadable_is_named(
     message = r"train/00000\.parquet: row group 0 cannot be read after 6 attempts"
     with pytest.raises(RunError, match=message):
         list(reader.rows([0]))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_read_around(storage: Storage, tmp_path: Path) -> None:
+    shards = shards_of(storage, (40,))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path)]
+    subprocess.run(mount, check=True, timeout=10)
+    try:
+        reader = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
+        assert [row["image_id"] for row in reader.rows(range(40))] == list(range(40))
+        assert [row["image_id"] for row in reader.rows([39, 0])] == [39, 0]
+        assert 0 < len(list(tmp_path.glob("*.arrow"))) < 10
+        assert not list(tmp_path.glob("*.part"))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True, timeout=10)
 
 
 @pytest.mark.parametrize("fault", ["503", "reset"])
