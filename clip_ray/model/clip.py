@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip_ray.config import LossConfig, ModelConfig
+from clip_ray.data.tokenizer import SPECIAL_TOKENS
 from clip_ray.model.towers import ImageTower, TextTower
 
 
@@ -73,7 +74,7 @@ class CLIP(nn.Module):
         return image_features, text_features, _wide(self.logit_scale).exp(), bias
 
 
-def hollow_model(config: ModelConfig, vocab_size: int = 1) -> CLIP:
+def hollow_model(config: ModelConfig, vocab_size: int = len(SPECIAL_TOKENS)) -> CLIP:
     """The model without memory and without its weights. Raises ConfigError if it cannot be."""
     image = config.image.model_copy(
         update={
