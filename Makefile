@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint golden lock clean
+.PHONY: help install demo test test-s3 lint golden lock clean
 
 help: ## Print the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 install: $(STAMP) ## Make .venv with the pinned dependencies
 
@@ -28,6 +28,15 @@ lint: install ## Check style and types
 test: lint ## Check style and types, then run the tests, and the contract of exactness whole
 	@$(BIN)/python -m pytest
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
+
+CEPH := radosgw ceph-mon ceph-osd ceph-common
+S3_TESTS := tests/test_storage.py tests/data/test_reader.py tests/training/test_ledger.py \
+  tests/training/test_checkpoint.py tests/training/test_resume.py tests/training/test_faults.py
+
+test-s3: install ## Run what talks to S3 against Ceph, which is installed where that may be (root)
+	@command -v radosgw >/dev/null || { apt-get -qq update \
+	  && apt-get -qq install -y --no-install-recommends $(CEPH) >/dev/null; }
+	@CLIP_RAY_TEST_S3=ceph $(BIN)/python -m pytest $(S3_TESTS)
 
 golden: install ## Write the expected config and help texts anew, to be read in the diff
 	@CLIP_RAY_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py

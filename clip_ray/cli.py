@@ -7,13 +7,16 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config, load_config
 from clip_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from clip_ray.training.checkpoint import CheckpointLine
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,12 +125,24 @@ def quarantine(
 
 
 @app.command()
-def train(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    path: ConfigPath,
+    overrides: Overrides = None,
+    weights: Annotated[
+        str | None, typer.Option("--from", help="Weights folder that a new run begins with.")
+    ] = None,
+    fork: Annotated[
+        str | None, typer.Option(help="RUN[@STEP] whose whole state a new run begins with.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Train the run, or resume it from its newest checkpoint.
 
     Example: clip-ray train jobs/configs/shapes.yaml train.epochs=20
     """
-    resolved = load_config(path, overrides or ())
+    start = {"start.weights": weights, "start.fork": fork}
+    given = [f"{field}={value}" for field, value in start.items() if value is not None]
+    resolved = load_config(path, [*(overrides or ()), *given])
     from clip_ray import pipeline
 
     pipeline.check(resolved)
@@ -135,6 +150,32 @@ def train(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
         return _say("train: config, model and storage are right; nothing was started")
     with pipeline.session(resolved, _say):
         pipeline.train_model(resolved, _say)
+
+
+@app.command()
+def checkpoints(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A YAML file, or s3://…/runs/NAME.")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """List a run's checkpoints: step, epoch, R@1, size, and what is incomplete.
+
+    Example: clip-ray checkpoints jobs/configs/shapes.yaml
+    """
+    from clip_ray import pipeline
+    from clip_ray.embedded_s3 import storage_session
+
+    if run.startswith("s3://"):
+        return _print_checkpoints(pipeline.checkpoints(run), as_json)
+    resolved = load_config(Path(run), overrides or ())
+    with storage_session(resolved.storage):
+        _print_checkpoints(pipeline.checkpoints(resolved.run_root), as_json)
+
+
+def _print_checkpoints(found: list[CheckpointLine], as_json: bool) -> None:
+    for line in found:
+        print(json.dumps(asdict(line)) if as_json else line)
+    _say(f"checkpoints: {sum(line.complete for line in found)} complete of {len(found)}")
 
 
 @app.command()

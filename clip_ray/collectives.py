@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -160,6 +161,25 @@ def any_rank(flag: Tensor) -> bool:
         flag = flag.int()
         dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def max_over_ranks(values: Sequence[int]) -> list[int]:
+    """The largest of the ranks' values, each by itself. Every rank must call it."""
+    if world_size() == 1:
+        return [int(value) for value in values]
+    device = "cuda" if backend() == "nccl" else "cpu"
+    largest = torch.tensor([int(value) for value in values], device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Each rank's `value`, by rank. Every rank must call it."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_object(value: Any) -> Any:

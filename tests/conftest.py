@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from s3_server import s3_server
 
 from clip_ray.config import Config
 from clip_ray.config_file import load_config, parse_config, set_field
 from clip_ray.data.shapes import ShapesSpec, write_shapes
-from clip_ray.embedded_s3 import embedded_s3
 from clip_ray.storage import Storage
 
 SHAPES_YAML = Path(__file__).parent.parent / "jobs" / "configs" / "shapes.yaml"
@@ -28,8 +28,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 
 @pytest.fixture(scope="session")
 def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The embedded server for the whole session, named by the environment."""
-    with embedded_s3(tmp_path_factory.mktemp("s3")) as environment:
+    """A real server for the whole session, named by the environment."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as environment:
         patch = pytest.MonkeyPatch()
         for name, value in environment.items():
             patch.setenv(name, value)

@@ -16,8 +16,8 @@ LAYERS = [
 ]  # fmt: skip
 
 ALLOWED = {
-    "ray.data": {"data/prepare", "data/stream", "evaluation/embed", "training/launch"},
-    "ray.train": {"training/launch"},
+    "ray.data": {"data/prepare", "data/stream", "evaluation/embed", "training/session"},
+    "ray.train": {"training/launch", "training/worker"},
     "ray.tune": {"tuning/sweep"},
     "deepspeed": {"training/engine", "training/masters"},
     "torch.distributed": {"collectives"},

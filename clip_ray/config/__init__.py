@@ -8,6 +8,7 @@ from clip_ray.config.run import (
     Config,
     EvaluationConfig,
     LoggingConfig,
+    StartConfig,
 )
 from clip_ray.config.training import LossConfig, OptimConfig, TowerOptimConfig, TrainConfig
 
@@ -23,6 +24,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "StartConfig",
     "StorageConfig",
     "TextTowerConfig",
     "TowerOptimConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -12,11 +13,47 @@ from clip_ray.config.model import ModelConfig
 from clip_ray.config.training import LossConfig, OptimConfig, TrainConfig
 
 
-class CheckpointConfig(Section):
-    """What is kept. A checkpoint is written at the end of an epoch."""
+class StartConfig(Section):
+    """What a new run begins with. A run that has checkpoints goes on from them."""
 
-    every_epochs: Positive = Field(default=1, description="Epochs from one checkpoint to the next.")
-    keep_last: Positive = Field(default=1, description="Newest checkpoints that are kept.")
+    weights: str | None = Field(
+        default=None,
+        description="Weights folder, local or s3://…, of a run to fine-tune; its tokenizer is "
+        "taken too. `clip-ray train --from` sets it.",
+    )
+    fork: str | None = Field(
+        default=None,
+        pattern=r"^.+?(@\d+)?$",
+        description="NAME or s3://…/runs/NAME, and @STEP, of a run whose whole state is taken; "
+        "without a step its newest. `clip-ray train --fork` sets it.",
+    )
+
+    @model_validator(mode="after")
+    def _begins_with_one(self) -> StartConfig:
+        if self.weights is not None and self.fork is not None:
+            raise ValueError("weights and fork are both set: a run begins with one of them")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is taken, and which are kept. A signal and the last step take one too."""
+
+    every_epochs: Positive | None = Field(
+        default=1, description="Epochs from one checkpoint to the next."
+    )
+    every_steps: Positive | None = Field(
+        default=None, description="Steps from one checkpoint to the next."
+    )
+    every_minutes: float | None = Field(
+        default=15, gt=0, description="Longest time from one checkpoint to the next."
+    )
+    keep_last: Positive = Field(default=2, description="Newest checkpoints that are kept.")
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="Checkpoints with the best val R@1 that are kept."
+    )
+    keep_every: Positive | None = Field(
+        default=None, description="Checkpoints of each so many steps are kept for ever."
+    )
 
 
 class ClusterConfig(Section):
@@ -26,6 +63,11 @@ class ClusterConfig(Section):
         default=None, description="Ray address; null takes RAY_ADDRESS, or starts a local Ray."
     )
     num_workers: Positive = Field(default=1, description="Training processes (world size).")
+    min_workers: Positive | None = Field(
+        default=None,
+        description="Fewest training processes that a run goes on with where nodes are lost; it "
+        "grows again with the cluster. null needs num_workers always.",
+    )
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs that a worker reserves.")
     readers_per_worker: Positive = Field(
         default=2,
@@ -33,7 +75,13 @@ class ClusterConfig(Section):
     )
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs that a worker reserves.")
     max_failures: int = Field(
-        default=0, ge=-1, description="Restarts after a worker dies; -1 is without end."
+        default=3, ge=-1, description="Restarts after a worker dies; -1 is without end."
+    )
+    hang_timeout_s: float = Field(
+        default=300,
+        gt=0,
+        description="A worker that is silent so long is replaced; one that lets the others wait "
+        "twice as long, too.",
     )
 
 
@@ -84,6 +132,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig
+    start: StartConfig = StartConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -109,14 +158,34 @@ class Config(Section):
         """The s3:// folder of the prepared data set."""
         return f"{self.storage.root}/data/{self.data.name}"
 
+    def at_world_size(self, world_size: int) -> Config:
+        """The config of an elastic run while it has so many workers.
+
+        Where its local batch is no multiple of the micro batch, that is the next smaller divisor.
+        """
+        if world_size == self.cluster.num_workers:
+            return self
+        local_batch = self.train.global_batch // world_size
+        micro_batch = next(m for m in range(self.micro_batch, 0, -1) if local_batch % m == 0)
+        cluster = self.cluster.model_copy(update={"num_workers": world_size, "min_workers": None})
+        train = self.train.model_copy(update={"micro_batch": micro_batch})
+        return self.model_copy(update={"cluster": cluster, "train": train})
+
     @model_validator(mode="after")
     def _workers_divide_the_batch(self) -> Config:
-        global_batch, workers = self.train.global_batch, self.cluster.num_workers
-        if global_batch % workers:
-            lower = global_batch - global_batch % workers
-            fix = f"{lower} or {lower + workers}" if lower else str(workers)
+        global_batch, most = self.train.global_batch, self.cluster.num_workers
+        fewest = self.cluster.min_workers or most
+        if fewest > most:
             raise ValueError(
-                f"train.global_batch is {global_batch}: cluster.num_workers ({workers}) must "
+                f"cluster.min_workers is {fewest}: must be at most cluster.num_workers ({most})"
+            )
+        common = math.lcm(*range(fewest, most + 1))
+        if global_batch % common:
+            lower = global_batch - global_batch % common
+            fix = f"{lower} or {lower + common}" if lower else str(common)
+            workers = f"({most})" if fewest == most else f"and all from {fewest} to {most}"
+            raise ValueError(
+                f"train.global_batch is {global_batch}: cluster.num_workers {workers} must "
                 f"divide it; take {fix}"
             )
         if self.local_batch % self.micro_batch:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from clip_ray.config import LossConfig, ModelConfig
@@ -85,6 +85,34 @@ def pack_weights(
         TOKENIZER: tokenizer.json_text.encode(),
         WEIGHTS: save(contiguous, metadata=header),
     }
+
+
+def read_file(path: str | Path, name: str) -> bytes:
+    """One file of a weights folder, local or at an s3:// address. Raises RunError."""
+    if str(path).startswith("s3://"):
+        return Storage(str(path)).read_bytes(name)
+    try:
+        return (Path(path) / name).read_bytes()
+    except OSError as error:
+        raise RunError(f"{path}: holds no weights: {error}") from None
+
+
+def load_weights(model: CLIP, path: str | Path) -> None:
+    """Gives a model what a weights folder holds. Raises RunError where it does not fit."""
+    try:
+        tensors = load(read_file(path, WEIGHTS))
+    except SafetensorError as error:
+        raise RunError(f"{path}/{WEIGHTS}: is no safetensors file: {error}") from None
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    theirs = {name: tensor.shape for name, tensor in tensors.items()}
+    differing = [n for n in sorted(own.keys() | theirs.keys()) if own.get(n) != theirs.get(n)]
+    if differing:
+        first = differing[0]
+        raise RunError(
+            f"{path}: does not fit the config's model: {len(differing)} tensors differ, {first} is "
+            f"{theirs.get(first)} there, {own.get(first)} here; take the model of its config.json"
+        )
+    model.load_state_dict(tensors)
 
 
 def load_model(path: str | Path, device: str | torch.device | None = None) -> PretrainedCLIP:

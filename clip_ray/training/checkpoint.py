@@ -1,101 +1,267 @@
-"""Checkpoints of a run in S3. A checkpoint exists when its manifest does, and that comes last."""
+"""Checkpoints of a run in S3: files first, verified; the manifest; last, its entry in the ledger.
+
+State is data only, in fragments `NAME@OFFSET` of the flattened tensor NAME, one safetensors file
+for each rank: what is read does not depend on the world size or the ZeRO stage that wrote it.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from clip_ray.config import CheckpointConfig
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage
+from clip_ray.training.ledger import BEST_METRIC, Entry, Ledger, best_first
 
-STATE, MANIFEST = "state.safetensors", "manifest.json"
-BEST_METRIC = "image_retrieval_recall@1"
+MANIFEST, LOG = "manifest.json", "metrics.jsonl"
+FOLDERS = "checkpoints/step-"
+# A reader that pinned a checkpoint so long ago is gone.
+PIN_S = 24 * 3600.0
+_VERSIONED = ("clip-ray", "torch", "deepspeed")
+
+
+class File(BaseModel):
+    """One object of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    size_bytes: int
+    sha256: str
 
 
 class CheckpointManifest(BaseModel):
-    """What a complete checkpoint holds."""
+    """What a checkpoint holds. `identity`: what a resumed run must have in common with it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     step: int
     epoch: int
     metrics: dict[str, float]
-    size_bytes: int
-    sha256: str
-    # What must be the same for a resumed run to be the same run.
     identity: dict[str, str]
+    versions: dict[str, str]
+    files: tuple[File, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that has been read: the whole tensors by name, and the log up to its step."""
+
+    manifest: CheckpointManifest
+    tensors: dict[str, Tensor]
+    log: list[dict[str, Any]]
 
 
 class Checkpoints:
-    """The checkpoints under a run's root. Called by rank 0 and by drivers."""
+    """The checkpoints under a run's root."""
 
     def __init__(self, run: Storage) -> None:
-        self._storage = run
+        self._run = run
+        self.ledger = Ledger(run)
 
-    def list(self) -> list[CheckpointManifest]:
+    def list(self) -> tuple[Entry, ...]:
         """The complete ones, by step."""
-        found = [
-            CheckpointManifest.model_validate_json(self._storage.read_bytes(key))
-            for key in self._storage.keys("checkpoints/")
-            if key.endswith(f"/{MANIFEST}")
-        ]
-        return sorted(found, key=lambda manifest: manifest.step)
+        return self.ledger.read().checkpoints
 
-    def newest(self) -> CheckpointManifest | None:
+    def newest(self) -> Entry | None:
         """The last one; None where there is none."""
         return next(reversed(self.list()), None)
 
-    def write(
-        self,
-        step: int,
-        epoch: int,
-        tensors: Mapping[str, Tensor],
-        metrics: dict[str, float],
-        identity: dict[str, str],
-    ) -> None:
-        """Puts the state, then the manifest."""
-        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        manifest = CheckpointManifest(
-            step=step,
-            epoch=epoch,
-            metrics=metrics,
-            size_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-            identity=identity,
+    def manifest(self, entry: Entry) -> CheckpointManifest:
+        """Raises RunError where it is not what was committed."""
+        key = f"{entry.folder}/{MANIFEST}"
+        data = self._read_verified(key, entry.manifest_sha256)
+        try:
+            return CheckpointManifest.model_validate_json(data)
+        except ValidationError as error:
+            raise RunError(f"{self._run.uri(key)}: is of another version: {error}") from None
+
+    def read(self, entry: Entry) -> Checkpoint:
+        """All of it. Raises RunError, with the object's name, where something is not as written."""
+        manifest, parts, log = self.manifest(entry), [], []
+        for file in manifest.files:
+            key = f"{entry.folder}/{file.name}"
+            data = self._read_verified(key, file.sha256)
+            if file.name == LOG:
+                log = [json.loads(line) for line in data.decode().splitlines()]
+                continue
+            try:
+                parts.append(load(data))
+            except SafetensorError as error:
+                raise RunError(f"{self._run.uri(key)}: is no safetensors file: {error}") from None
+        return Checkpoint(manifest, merge_fragments(parts), log)
+
+    def write_part(self, folder: str, rank: int, fragments: Mapping[str, Tensor]) -> File:
+        """One rank's file. Raises RunError where the store does not hold it as it was sent."""
+        return self.write_file(folder, f"part-{rank:05d}.safetensors", save(dict(fragments)))
+
+    def write_file(self, folder: str, name: str, data: bytes) -> File:
+        """One object of a checkpoint, verified."""
+        self._run.write_verified(f"{folder}/{name}", data)
+        return File(name=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def commit(self, owner: str, attempt: int, folder: str, manifest: CheckpointManifest) -> Entry:
+        """Makes the files of `folder` a checkpoint. Called by rank 0. Raises RunError, LeaseLost.
+
+        Every object must be there in its full size; then the manifest is put, then its entry.
+        """
+        there = dict(self._run.sizes(f"{folder}/"))
+        for file in manifest.files:
+            size_bytes = there.get(f"{folder}/{file.name}")
+            if size_bytes != file.size_bytes:
+                raise RunError(
+                    f"{self._run.uri(folder)}/{file.name}: holds {size_bytes} bytes of "
+                    f"{file.size_bytes}; the checkpoint is not committed"
+                )
+        written = self.write_file(folder, MANIFEST, manifest.model_dump_json(indent=1).encode())
+        entry = Entry(
+            step=manifest.step,
+            epoch=manifest.epoch,
+            metrics=manifest.metrics,
+            size_bytes=sum(file.size_bytes for file in manifest.files),
+            folder=folder,
+            manifest_sha256=written.sha256,
         )
-        self._storage.write_bytes(_key(step, STATE), data)
-        self._storage.write_bytes(_key(step, MANIFEST), manifest.model_dump_json(indent=2).encode())
+        self.ledger.commit(owner, attempt, entry)
+        return entry
 
-    def read(self, manifest: CheckpointManifest) -> dict[str, Tensor]:
-        """The state. Raises RunError where it is not what was written."""
-        data = self._storage.read_bytes(_key(manifest.step, STATE))
-        if hashlib.sha256(data).hexdigest() != manifest.sha256:
-            raise RunError(
-                f"{self._storage.uri(_key(manifest.step, STATE))}: is damaged: its checksum is not "
-                "the manifest's; remove this checkpoint's manifest to resume from the one before"
+    def retain(self, owner: str, attempt: int, config: CheckpointConfig) -> None:
+        """Removes what the config does not keep, and what earlier attempts left incomplete.
+
+        Entries go first: what is no longer in the ledger is nobody's. Called by the lease's holder
+        while it uploads nothing.
+        """
+        state = self.ledger.read()
+        pinned = {pin.folder for pin in state.pins if time.time() - pin.since_s < PIN_S}
+        gone = {e.folder for e in state.checkpoints} - kept_folders(state.checkpoints, config)
+        if gone - pinned:
+            self.ledger.forget(owner, attempt, gone - pinned)
+        needed = {entry.folder for entry in self.ledger.read().checkpoints} | pinned
+        for key in list(self._run.keys(FOLDERS)):
+            if key.rpartition("/")[0] not in needed:
+                self._run.delete(key)
+        self._run.abort_uploads(FOLDERS)
+
+    def _read_verified(self, key: str, sha256: str) -> bytes:
+        data = self._run.read_bytes(key)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RunError(f"{self._run.uri(key)}: is damaged: its checksum is not the manifest's")
+        return data
+
+
+@dataclass(frozen=True)
+class CheckpointLine:
+    """A line of the listing: a checkpoint, or what an upload that did not end has left."""
+
+    folder: str
+    step: int
+    epoch: int | None
+    recall_at_1: float | None
+    size_bytes: int
+    complete: bool
+
+    def __str__(self) -> str:
+        recall = "-" if self.recall_at_1 is None else f"{self.recall_at_1:.1%}"
+        complete = "complete" if self.complete else "incomplete"
+        epoch = "-" if self.epoch is None else self.epoch
+        size = f"{self.size_bytes / 2**20:.1f} MiB"
+        return (
+            f"step {self.step:8}  epoch {epoch!s:>4}  val R@1 {recall:>6}  {size:>12}  {complete}"
+        )
+
+
+def list_checkpoints(run: Storage) -> list[CheckpointLine]:
+    """All folders of checkpoints by step, whether complete or not."""
+    sizes: dict[str, int] = {}
+    for key, size_bytes in run.sizes(FOLDERS):
+        folder = key.rpartition("/")[0]
+        sizes[folder] = sizes.get(folder, 0) + size_bytes
+    entries = {entry.folder: entry for entry in Ledger(run).read().checkpoints}
+    lines = []
+    for folder in sorted(sizes.keys() | entries.keys()):
+        entry = entries.get(folder)
+        lines.append(
+            CheckpointLine(
+                folder=folder,
+                step=int(folder.removeprefix(FOLDERS).split("-")[0]),
+                epoch=entry and entry.epoch,
+                recall_at_1=entry and entry.metrics.get(BEST_METRIC),
+                size_bytes=sizes.get(folder, 0),
+                complete=entry is not None,
             )
-        return load(data)
-
-    def prune(self, keep_last: int) -> None:
-        """Removes all but the newest `keep_last` and the best, manifests first."""
-        manifests = self.list()
-        kept = {manifest.step for manifest in manifests[-keep_last:]}
-        best = best_of(manifests)
-        if best is not None:
-            kept.add(best.step)
-        for manifest in manifests:
-            if manifest.step not in kept:
-                self._storage.delete(_key(manifest.step, MANIFEST))
-                self._storage.delete(_key(manifest.step, STATE))
+        )
+    return lines
 
 
-def best_of(manifests: list[CheckpointManifest]) -> CheckpointManifest | None:
-    """The one with the highest BEST_METRIC, the later of equals."""
-    return max(manifests, key=lambda m: (m.metrics.get(BEST_METRIC, 0.0), m.step), default=None)
+def folder_of(step: int, attempt: int) -> str:
+    """Where an attempt puts its checkpoint of a step: no two attempts write the same object."""
+    return f"{FOLDERS}{step:08d}-{attempt:04d}"
+
+
+def new_manifest(
+    step: int, epoch: int, metrics: dict[str, float], identity: dict[str, str], files: list[File]
+) -> CheckpointManifest:
+    """A manifest of these files, made by the versions installed."""
+    return CheckpointManifest(
+        step=step,
+        epoch=epoch,
+        metrics=metrics,
+        identity=identity,
+        versions=_versions(),
+        files=tuple(files),
+    )
+
+
+def other_versions(manifest: CheckpointManifest) -> list[str]:
+    """A line for each library whose version has changed: the run goes on, if not bit for bit."""
+    return [
+        f"the checkpoint was made with {name} {manifest.versions.get(name)}, this is {now}: "
+        "the run goes on, but not bit for bit"
+        for name, now in _versions().items()
+        if manifest.versions.get(name) != now
+    ]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _VERSIONED}
+
+
+def kept_folders(entries: tuple[Entry, ...], config: CheckpointConfig) -> set[str]:
+    """The newest `keep_last`, the `keep_best` best, and those whose step `keep_every` divides."""
+    kept = {entry.folder for entry in entries[-config.keep_last :]}
+    kept |= {entry.folder for entry in best_first(entries)[: config.keep_best]}
+    if config.keep_every is not None:
+        kept |= {entry.folder for entry in entries if entry.step % config.keep_every == 0}
+    return kept
+
+
+def merge_fragments(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by name, in one dimension where they were in fragments `NAME@OFFSET`."""
+    whole: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for part in parts:
+        for key, tensor in part.items():
+            name, at, offset = key.rpartition("@")
+            if at:
+                pieces.setdefault(name, {})[int(offset)] = tensor
+            else:
+                whole[key] = tensor
+    for name, by_offset in pieces.items():
+        ordered = [by_offset[offset] for offset in sorted(by_offset)]
+        whole[name] = ordered[0] if len(ordered) == 1 else torch.cat(ordered)
+    return whole
 
 
 def check_identity(manifest: CheckpointManifest, identity: dict[str, str]) -> None:
@@ -111,7 +277,3 @@ def check_identity(manifest: CheckpointManifest, identity: dict[str, str]) -> No
             + "; ".join(changed)
             + "; take another `name`, or the old values"
         )
-
-
-def _key(step: int, file: str) -> str:
-    return f"checkpoints/step-{step:08d}/{file}"

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 
-class WorkerContext(Protocol):
-    """A worker's view of its run."""
+class Asked(enum.IntEnum):
+    """What somebody outside wants of the run at its next step; the strongest wish counts.
 
-    def micro_batches(self, start_step: int) -> Iterator[dict[str, NDArray[Any]]]:
-        """This rank's micro batches (data.stream) from `start_step` on."""
+    LEAVE: a worker's process or node is about to end, and the run shall go on without it.
+    """
+
+    NOTHING = 0
+    CHECKPOINT = 1
+    LEAVE = 2
+    STOP = 3
+
+
+class WorkerContext(Protocol):
+    """A worker's view of its run. `owner`: the holder of the run's lease, whose worker it is."""
+
+    owner: str
+
+    def micro_batches(self, steps: range) -> Iterator[dict[str, NDArray[Any]]]:
+        """This rank's micro batches (data.stream) of these steps."""
         ...
 
     def progress(self, state: dict[str, Any]) -> None:
@@ -20,7 +35,11 @@ class WorkerContext(Protocol):
         ...
 
     def say(self, line: str) -> None:
-        """Says a line to who started the run. Called by rank 0."""
+        """Says a line to who started the run."""
+        ...
+
+    def asked(self) -> Asked:
+        """What is wanted of the run since the last call. Called after each step; must not wait."""
         ...
 
     def report(self, metrics: dict[str, float]) -> None:

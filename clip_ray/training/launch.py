@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
+import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
-import torch
-from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from clip_ray.config import Config
-from clip_ray.config_file import parse_config
-from clip_ray.data.shards import read_column, read_manifest
-from clip_ray.data.stream import READER_CPUS, StreamSpec, stream_spec, training_stream
-from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
+from clip_ray.config_file import dump_config
+from clip_ray.data.shards import Manifest, read_manifest
+from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
-from clip_ray.training.checkpoint import Checkpoints, check_identity
-from clip_ray.training.progress import Progress
-from clip_ray.training.run import TOKENIZER_KEY, make_order, run_identity
+from clip_ray.training.board import board_of
+from clip_ray.training.checkpoint import Checkpoints, check_identity, other_versions
+from clip_ray.training.context import Asked
+from clip_ray.training.ledger import lease
+from clip_ray.training.run import make_order, run_identity
+from clip_ray.training.start import begin
+from clip_ray.training.worker import EndsAtACheckpoint, train_worker
 
-POLL_S = 1.0
-# What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
-FORWARDED = (
-    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
-)  # fmt: skip
 # Training runs in a thread, whose allocator gives large tensors back to the system after every
 # operation, and takes their pages anew: a sixth of a step on a CPU. With these it keeps them.
 WORKER_ENV = {
@@ -42,235 +35,176 @@ WORKER_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
+RESIZE_INTERVAL_S = 60.0
+Say = Callable[[str], None]
 
 
-@contextlib.contextmanager
-def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
-    """A connection to the cluster that the config or RAY_ADDRESS names, or a local Ray.
-
-    A local Ray is stopped at the end of the block; `dashboard` says whether it has one.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    if config.cluster.gpus_per_worker == 0:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        # Readers get CPUs of their own beside the workers', or a small machine would never start;
-        # twice, since a link of the stream begins before the last one ends.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        readers_cpus = 2 * READER_CPUS * config.cluster.readers_per_worker
-        wanted = config.cluster.num_workers * (config.cluster.cpus_per_worker + readers_cpus) + 1
-        arguments |= {
-            "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)),
-            "include_dashboard": dashboard,
-            "object_store_memory": 2**30,
-        }
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # What a submitted job's runtime_env says already may be said again here.
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    ray.init(address or "local", logging_level=logging.WARNING, **arguments)
-    data_context = ray.data.DataContext.get_current()
-    data_context.enable_progress_bars = False
-    data_context.print_on_execution_start = False
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def train(
-    config: Config, say: Callable[[str], None], callbacks: Sequence[UserCallback] = ()
-) -> bool:
+def train(config: Config, say: Say, callbacks: Sequence[UserCallback] = ()) -> bool:
     """Trains the run to its end, from its newest checkpoint; False if it was at its end already.
 
     Needs a Ray session and reachable storage. `callbacks` hear each epoch's report. Raises
     RunError.
     """
-    run, data = Storage(config.run_root), Storage(config.data_root)
-    manifest = read_manifest(data)
-    tokenizer = _tokenizer(config, run, data)
+    run = Storage(config.run_root)
+    manifest = read_manifest(Storage(config.data_root))
+    total_steps = _total_steps(config, manifest)
+    newest = Checkpoints(run).newest()
+    if newest is not None and newest.step >= total_steps:
+        say(f"train: {config.name} is trained already: {newest.step} steps are in {run.root}")
+        return False
+    with board_of(config.logging.progress_interval_s, say) as board:
+
+        def lost() -> None:
+            board.ask.remote(int(Asked.STOP))
+
+        with lease(Checkpoints(run).ledger, say, lost) as owner:
+            tokenizer = begin(config, manifest, owner, say)
+            _check_resumes(config, manifest, tokenizer, total_steps, say)
+            run.write_bytes("config.yaml", dump_config(config).encode())
+            _fit(config, owner, board, say, callbacks)
+    return True
+
+
+def _total_steps(config: Config, manifest: Manifest) -> int:
     order = make_order(config, manifest)
     if order.steps_per_epoch == 0:
         raise RunError(
             f"train.global_batch is {config.train.global_batch}: the train split has only "
             f"{order.num_samples} images; take at most that many"
         )
-    newest = Checkpoints(run).newest()
-    total_steps = order.steps_per_epoch * config.train.epochs
-    if newest is not None:
-        check_identity(newest, run_identity(config, manifest, tokenizer))
-        if newest.step >= total_steps:
-            say(f"train: {config.name} is trained already: {newest.step} steps are in {run.root}")
-            return False
-        say(f"train: {config.name} resumes at step {newest.step} of {total_steps}")
-    _fit(config, tokenizer, total_steps, say, callbacks)
-    return True
+    return order.steps_per_epoch * config.train.epochs
 
 
-def _tokenizer(config: Config, run: Storage, data: Storage) -> CaptionTokenizer:
-    """The run's tokenizer: made once, by the driver, and kept with the run."""
-    text = config.model.text
-    if run.exists(TOKENIZER_KEY):
-        return CaptionTokenizer(run.read_bytes(TOKENIZER_KEY).decode(), text.context_length)
-    groups = read_column(data, read_manifest(data).splits["train"], "captions")
-    tokenizer = make_tokenizer(text, (caption for group in groups for caption in group))
-    run.write_bytes(TOKENIZER_KEY, tokenizer.json_text.encode())
-    return tokenizer
+def _check_resumes(
+    config: Config, manifest: Manifest, tokenizer: CaptionTokenizer, total_steps: int, say: Say
+) -> None:
+    """Says where the run goes on. Raises RunError where this config cannot continue it."""
+    checkpoints = Checkpoints(Storage(config.run_root))
+    for entry in reversed(checkpoints.list()):
+        try:
+            found = checkpoints.manifest(entry)
+        except RunError as error:  # the workers take the one before
+            say(f"train: step {entry.step}: {error}")
+            continue
+        check_identity(found, run_identity(config, manifest, tokenizer))
+        for line in other_versions(found):
+            say(f"train: {line}")
+        say(f"train: {config.name} resumes at step {entry.step} of {total_steps}")
+        return
 
 
 def _fit(
-    config: Config,
-    tokenizer: CaptionTokenizer,
-    total_steps: int,
-    say: Callable[[str], None],
-    callbacks: Sequence[UserCallback],
+    config: Config, owner: str, board: Any, say: Say, callbacks: Sequence[UserCallback]
 ) -> None:
-    data = Storage(config.data_root)
-    manifest = read_manifest(data)
-    spec = stream_spec(
-        data=config.data,
-        storage=data,
-        manifest=manifest,
-        tokenizer=tokenizer,
-        order=make_order(config, manifest),
-        world_size=config.cluster.num_workers,
-        readers=config.cluster.readers_per_worker,
-        image_size=config.model.image.size,
+    """Runs Ray Train to the end; its controller once more where that has died."""
+    for failures in itertools.count(1):
+        trainer = _trainer(config, owner, board, callbacks)
+        try:
+            _run(trainer, board, say)
+        except ray.train.TrainingFailedError as error:
+            raise RunError(f"training failed: {root_cause(error)}") from error
+        except RayActorError as error:
+            say(f"train: Ray Train's controller has died: {root_cause(error)}")
+            if 0 <= config.cluster.max_failures < failures:
+                raise RunError("training failed: Ray Train's controller died too often") from error
+        else:
+            return
+
+
+def _trainer(
+    config: Config, owner: str, board: Any, callbacks: Sequence[UserCallback]
+) -> TorchTrainer:
+    cluster = config.cluster
+    # Any: it is declared for user callbacks alone, and takes its own kinds too.
+    all_callbacks: Any = [*callbacks, _TellsFailures(board), EndsAtACheckpoint()]
+    # Ray Train reads it where the trainer is made; a collective may wait twice as long, so that the
+    # silent worker is found before those that wait for it give up.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s)
+    gpus = {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
+    return TorchTrainer(
+        train_worker,
+        torch_config=TorchConfig(
+            backend="nccl" if gpus else "gloo", timeout_s=int(2 * cluster.hang_timeout_s)
+        ),
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "owner": owner,
+            "board": board,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.num_workers)
+            if cluster.min_workers
+            else cluster.num_workers,
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+            use_gpu=bool(gpus),
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **gpus},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=Storage(config.run_root).arrow_path("").rstrip("/"),
+            storage_filesystem=arrow_filesystem(),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=all_callbacks,
+            worker_runtime_env={"env_vars": WORKER_ENV},
+        ),
     )
-    with _progress(config.logging.progress_interval_s, say) as board:
-        trainer = TorchTrainer(
-            _worker,
-            torch_config=TorchConfig(backend=_backend(config)),
-            train_loop_config={
-                "config": config.model_dump(mode="json"),
-                "spec": spec,
-                "total_steps": total_steps,
-                "board": board,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=config.cluster.num_workers,
-                use_gpu=config.cluster.gpus_per_worker > 0,
-                resources_per_worker={
-                    "CPU": config.cluster.cpus_per_worker,
-                    **(
-                        {"GPU": config.cluster.gpus_per_worker}
-                        if config.cluster.gpus_per_worker
-                        else {}
-                    ),
-                },
-            ),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=Storage(config.run_root).arrow_path("").rstrip("/"),
-                storage_filesystem=arrow_filesystem(),
-                failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-                callbacks=list(callbacks),
-                worker_runtime_env={"env_vars": WORKER_ENV},
-            ),
-        )
+
+
+def _run(trainer: TorchTrainer, board: Any, say: Say) -> None:
+    """fit(), in a thread: the first Ctrl-C or SIGTERM asks the workers for a last checkpoint."""
+    raised: list[BaseException] = []
+    # Not join(): interrupted in it, Python 3.11 takes the thread for ended.
+    ended = threading.Event()
+
+    def fit() -> None:
         try:
             trainer.fit()
-        except SystemExit:  # how Ray Train ends on SIGINT, its workers stopped
-            raise KeyboardInterrupt from None
-        except ray.train.TrainingFailedError as error:
-            raise RunError(f"training failed: {_root_cause(error)}") from error
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            ended.set()
 
-
-def _backend(config: Config) -> str:
-    return "nccl" if config.cluster.gpus_per_worker > 0 else "gloo"
-
-
-def _worker(loop_config: dict[str, Any]) -> None:
-    """The function that Ray Train runs in each worker."""
-    # Here, so that the driver does not wait for DeepSpeed.
-    from clip_ray.training.loop import Trainer
-
-    config = parse_config(loop_config["config"], origin="the run's config")
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    run = Storage(config.run_root)
-    tokenizer_json = run.read_bytes(TOKENIZER_KEY).decode()
-    tokenizer = CaptionTokenizer(tokenizer_json, config.model.text.context_length)
-    Trainer(
-        config,
-        tokenizer,
-        _RayContext(*(loop_config[name] for name in ("spec", "total_steps", "board"))),
-    ).train()
-
-
-class _RayContext:
-    """training.context.WorkerContext over Ray Train."""
-
-    def __init__(self, spec: StreamSpec, total_steps: int, board: Any) -> None:
-        self._spec, self._total_steps, self._board = spec, total_steps, board
-
-    def micro_batches(self, start_step: int) -> Iterator[dict[str, NDArray[Any]]]:
-        rank = ray.train.get_context().get_world_rank()
-        return training_stream(self._spec, rank, range(start_step, self._total_steps))
-
-    def progress(self, state: dict[str, Any]) -> None:
-        self._board.put.remote(state)
-
-    def say(self, line: str) -> None:
-        self._board.put.remote(line)
-
-    def report(self, metrics: dict[str, float]) -> None:
-        ray.train.report(metrics)
-
-
-@ray.remote(num_cpus=0)
-class _Board:
-    """Where rank 0 pins its progress, and lines to say, and the driver reads them."""
-
-    def __init__(self) -> None:
-        self._notes: list[dict[str, Any] | str] = []
-
-    def put(self, note: dict[str, Any] | str) -> None:
-        self._notes.append(note)
-
-    def take(self) -> list[dict[str, Any] | str]:
-        notes, self._notes = self._notes, []
-        return notes
-
-
-@contextlib.contextmanager
-def _progress(interval_s: float, say: Callable[[str], None]) -> Iterator[Any]:
-    """A board whose notes a thread of the driver shows until the block ends."""
-    board: Any = _Board.remote()
-    progress, stop = Progress(interval_s), threading.Event()
-
-    def show() -> None:
-        ended = False
-        while not ended:
-            ended = stop.wait(POLL_S)
-            try:
-                notes = ray.get(board.take.remote(), timeout=10)
-            except Exception:  # progress must never end a run
-                return
-            for note in notes:
-                say(note) if isinstance(note, str) else progress.show(note)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
+    threading.Thread(target=fit, daemon=True).start()
     try:
-        yield board
-    finally:
-        stop.set()
-        thread.join(timeout=15)
-        progress.close()
-        ray.kill(board)
+        _await(ended)
+    except KeyboardInterrupt:
+        say("train: stops at a checkpoint; interrupt once more to stop at once")
+        board.ask.remote(int(Asked.STOP))
+        _await(ended)
+        raise
+    if raised:
+        raise raised[0]
 
 
-def _root_cause(error: BaseException) -> str:
-    """The first line that says something, of the innermost error a worker raised."""
+def _await(ended: threading.Event) -> None:
+    while not ended.wait(timeout=0.2):
+        pass
+
+
+class _TellsFailures(UserCallback):
+    """Says which ranks failed, and of what, before Ray Train starts the workers again."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for rank, error in sorted(worker_exceptions.items()):
+            self._board.put.remote(f"train: rank {rank} failed: {root_cause(error)}")
+
+
+def root_cause(error: BaseException) -> str:
+    """What the innermost error of a worker says, in a line."""
     failures = getattr(error, "worker_failures", None) or {}
-    for failure in failures.values():
-        error = failure
-        break
-    while getattr(error, "cause", None) is not None or error.__cause__ is not None:
-        error = getattr(error, "cause", None) or error.__cause__  # type: ignore[assignment]
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    error = next(iter(failures.values()), error)
+    while inner := _inner(error):
+        error = inner
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # Ray's own errors explain themselves at length, after a first line; others end with the point.
+    line = lines[0] if type(error).__module__.startswith("ray.") else lines[-1]
+    return f"{type(error).__name__}: {line}"
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    fields = ("cause", "health_check_failure", "__cause__")
+    found = (getattr(error, field, None) for field in fields)
+    return next((each for each in found if isinstance(each, BaseException)), None)

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from clip_ray.collectives import backend, barrier, broadcast_object, mean_over_ranks, rank
+from clip_ray.collectives import (
+    any_rank,
+    backend,
+    broadcast_object,
+    mean_over_ranks,
+    rank,
+    world_size,
+)
 from clip_ray.config import Config
-from clip_ray.config_file import dump_config
 from clip_ray.data.shards import read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
-from clip_ray.model.pretrained import pack_weights
+from clip_ray.model.pretrained import load_weights, pack_weights
 from clip_ray.storage import Storage
-from clip_ray.training.checkpoint import BEST_METRIC, Checkpoints, best_of
-from clip_ray.training.context import WorkerContext
+from clip_ray.training.checkpoint import Checkpoint, Checkpoints
+from clip_ray.training.context import Asked, WorkerContext
 from clip_ray.training.engine import INPUTS, Engine, StepResult, deepspeed_config
 from clip_ray.training.flops import step_flops
 from clip_ray.training.hardware import device_name
+from clip_ray.training.ledger import Entry
 from clip_ray.training.meter import StepMeter
-from clip_ray.training.run import METRICS_KEY, make_order, run_identity
+from clip_ray.training.run import make_order, run_identity, step_seed
 from clip_ray.training.run_log import open_run_logs
+from clip_ray.training.saver import Saver
 from clip_ray.training.schedule import learning_rate
 from clip_ray.training.validation import Validation
 
@@ -37,23 +45,28 @@ class Trainer:
     def __init__(self, config: Config, tokenizer: CaptionTokenizer, context: WorkerContext) -> None:
         torch.manual_seed(config.seed)
         self.config, self.tokenizer, self.context = config, tokenizer, context
-        self.run = Storage(config.run_root)
-        self.checkpoints = Checkpoints(self.run)
+        run = Storage(config.run_root)
+        self.checkpoints = Checkpoints(run)
         data = Storage(config.data_root)
         self.manifest = read_manifest(data)
         self.order = make_order(config, self.manifest)
         self.total_steps = self.order.steps_per_epoch * config.train.epochs
         model = CLIP(config.model, tokenizer.vocab_size, config.loss)
+        if config.start.weights is not None:
+            load_weights(model, config.start.weights)
         self.architecture = model.architecture
         self.engine = Engine(model, config)
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
         self._skipped = self._skipped_in_a_row = 0
+        attempt = broadcast_object(self._begin_attempt(run) if rank() == 0 else None)
+        identity = run_identity(config, self.manifest, tokenizer)
+        self.saver = Saver(run, config.checkpoint, identity, context.owner, attempt, context.say)
         self.start_step = self._resume()
         self._logs = open_run_logs(config, self.start_step) if rank() == 0 else []
 
     def train(self) -> None:
-        """Runs from the newest checkpoint to the last step."""
+        """Runs from the newest checkpoint to the last step, or to a stop that is asked for."""
         self._say_what_it_runs_on()
         try:
             self._run_steps()
@@ -62,30 +75,51 @@ class Trainer:
                 log.close()
 
     def _run_steps(self) -> None:
-        micro_batches = self.context.micro_batches(self.start_step)
+        micro_batches = self.context.micro_batches(range(self.start_step, self.total_steps))
         self._meter = self._new_meter()
         self._started_s = time.monotonic()
         for step in range(self.start_step, self.total_steps):
             with self._meter.waiting():
                 batch = self._on_device(next(micro_batches))
             lr = learning_rate(step, self.total_steps, self.config.optim)
+            torch.manual_seed(step_seed(self.config.seed, step, rank()))
             with self._meter.step():
                 result = self.engine.train_step(batch, lr)
             self._count_skipped(step, result)
-            done = step + 1
-            ends_epoch = done % self.order.steps_per_epoch == 0
-            if done % self.config.logging.every_steps == 0 or ends_epoch or done == 1:
-                self._log_step(done, result, lr)
-            if ends_epoch:
-                self._end_epoch(done)
+            if not self._after_step(step + 1, result, lr):
+                break
+        self.saver.finish()
+
+    def _after_step(self, done: int, result: StepResult, lr: float) -> bool:
+        """Logs, validates and saves what is due; whether training goes on."""
+        epoch, of_epoch = divmod(done, self.order.steps_per_epoch)
+        ends_epoch, ends = of_epoch == 0, done == self.total_steps
+        asked, due = self.saver.poll(done, self.context.asked())
+        if done % self.config.logging.every_steps == 0 or ends_epoch or done == 1 or due:
+            self._log_step(done, result, lr)
+        metrics = self._validate() if ends_epoch else {}
+        every = self.config.checkpoint.every_epochs
+        if due or ends or (ends_epoch and every is not None and epoch % every == 0):
+            must = ends or asked > Asked.NOTHING
+            self.saver.save(self.engine.masters, done, epoch, metrics, self.log, self._pack, must)
+        if asked >= Asked.LEAVE:
+            self.saver.finish()
+            if asked == Asked.LEAVE:
+                raise RunError(f"a worker was told to end; the run goes on from step {done}")
+            return False
+        if ends_epoch:
+            loss = self.log[-1]["loss"]
+            self.context.report({"step": done, "epoch": epoch, "loss": loss, **metrics})
+            self._meter.restart()
+        return True
 
     def _say_what_it_runs_on(self) -> None:
         if rank() == 0:
             train = self.config.train
             self.context.say(
-                f"train: {self.config.cluster.num_workers} workers on "
+                f"train: {world_size()} workers on "
                 f"{device_name(self.engine.device)}, {backend()}, {self.engine.precision}, "
-                f"ZeRO-{train.zero_stage}"
+                f"ZeRO-{train.zero_stage}, from step {self.start_step}"
             )
 
     def _new_meter(self) -> StepMeter:
@@ -126,6 +160,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "skipped": self._skipped,
             **self._meter.figures(),
+            **self.saver.figures.as_dict(),
         }
         self.log.append(entry)
         self._write_logs(entry)
@@ -143,46 +178,44 @@ class Trainer:
                 self.log[-1] | {"total_steps": self.total_steps, "left_s": left_s}
             )
 
-    def _end_epoch(self, step: int) -> None:
-        epoch = step // self.order.steps_per_epoch
+    def _validate(self) -> dict[str, float]:
         with self.engine.masters.averaged():
             metrics = self.validation(self.engine)
         self.log[-1] = self.log[-1] | metrics
         self._write_logs(metrics)
         self._show_progress()
-        if epoch % self.config.checkpoint.every_epochs == 0 or step == self.total_steps:
-            self._checkpoint(step, epoch, metrics)
-        self.context.report({"step": step, "epoch": epoch, "loss": self.log[-1]["loss"], **metrics})
-        self._meter.restart()
+        return metrics
 
-    def _checkpoint(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        state = self.engine.masters.state()
-        with self.engine.masters.averaged():
-            weights = self.engine.masters.weights()
-        if rank() == 0:
-            best = best_of(self.checkpoints.list())
-            if best is None or metrics[BEST_METRIC] >= best.metrics[BEST_METRIC]:
-                self._write_weights(weights, {"step": step, "epoch": epoch, "metrics": metrics})
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.log)
-            self.run.write_bytes(METRICS_KEY, lines.encode())
-            identity = run_identity(self.config, self.manifest, self.tokenizer)
-            self.checkpoints.write(step, epoch, state, metrics, identity)
-            self.checkpoints.prune(self.config.checkpoint.keep_last)
-        barrier()
+    def _pack(self, weights: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
+        last = self.log[-1]
+        metrics = {name: value for name, value in last.items() if "recall" in name}
+        about = {"step": last["step"], "epoch": last["epoch"], "metrics": metrics}
+        return pack_weights(weights, self.architecture, self.tokenizer, about)
 
-    def _write_weights(self, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-        files = pack_weights(weights, self.architecture, self.tokenizer, about)
-        for name, data in files.items():
-            self.run.write_bytes(f"weights/{name}", data)
+    def _begin_attempt(self, run: Storage) -> int:
+        run.write_json("deepspeed.json", deepspeed_config(self.config))
+        return self.checkpoints.ledger.begin_attempt(self.context.owner)
 
     def _resume(self) -> int:
-        newest = broadcast_object(self.checkpoints.newest() if rank() == 0 else None)
-        if rank() == 0:
-            self.run.write_bytes("config.yaml", dump_config(self.config).encode())
-            self.run.write_json("deepspeed.json", deepspeed_config(self.config))
-        if newest is None:
-            return 0
-        self.engine.masters.load_state(self.checkpoints.read(newest))
-        lines = self.run.read_bytes(METRICS_KEY).decode().splitlines()
-        self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= newest.step]
-        return newest.step
+        """Takes the newest checkpoint that is whole; the step to go on at."""
+        entries = broadcast_object(self.checkpoints.list() if rank() == 0 else None)
+        for entry in reversed(entries):
+            found, error = self._read(entry)
+            if not any_rank(torch.tensor(error is not None, device=self.engine.device)):
+                assert found is not None
+                self.engine.masters.load_state(found.tensors)
+                self.log = found.log
+                return entry.step
+            if error is not None:
+                self.context.say(f"train: step {entry.step} is not resumed from: {error}")
+        if entries:
+            raise RunError(
+                f"{self.config.run_root}: none of its {len(entries)} checkpoints can be read"
+            )
+        return 0
+
+    def _read(self, entry: Entry) -> tuple[Checkpoint | None, RunError | None]:
+        try:
+            return self.checkpoints.read(entry), None
+        except RunError as error:
+            return None, error

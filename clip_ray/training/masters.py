@@ -1,7 +1,7 @@
-"""The fp32 state behind an engine's parameters, at any ZeRO stage: by name, in full, on the CPU.
+"""The fp32 state behind an engine's parameters, at any ZeRO stage: by name, on the CPU.
 
-What is stored so does not depend on world size or stage. With engine.py, the only file that knows
-DeepSpeed.
+Each rank gives the fragments that it holds; put together, they do not depend on world size or
+stage. With engine.py, the only file that knows DeepSpeed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import deepspeed
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
@@ -25,15 +24,14 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from clip_ray.collectives import rank, world_size
+from clip_ray.training.loss_scale import LossScale
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-AVERAGE = "ema"
+PARAMETER, AVERAGE = "param", "ema"
 # Where each of DeepSpeed's optimizers keeps the flat fp32 tensors that the inner AdamW updates.
 _FLAT_GROUPS = (
     "fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition",
 )  # fmt: skip
-# Of DeepSpeed's dynamic loss scale in fp16.
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Masters:
@@ -49,6 +47,7 @@ class Masters:
         self._z3 = zero_stage == 3
         self._inner = getattr(optimizer, "optimizer", optimizer)
         self._unsharded = self._unsharded_masters() if zero_stage == 0 else {}
+        self._loss_scale = LossScale(optimizer)
         self._ema_decay = ema_decay
         self._averages = [flat.detach().clone() for flat in self._flats()] if ema_decay else []
 
@@ -59,50 +58,81 @@ class Masters:
         return tensors | self._frozen() | self._buffers()
 
     @torch.no_grad()
-    def state(self) -> dict[str, Tensor]:
-        """`param/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, `ema/NAME` in fp32, and `buffer/NAME`.
+    def fragments(self) -> dict[str, Tensor]:
+        """This rank's share of the state, copied: no other rank is asked, but for frozen weights.
 
-        Also `optimizer/step`, the steps that were not skipped, and in fp16 `scaler/FIELD`; the
-        moving average only where there is one.
+        Flattened fp32 pieces `param/NAME@OFFSET`, `exp_avg/…`, `exp_avg_sq/…` and, where there is
+        a moving average, `ema/…`. Rank 0 adds, whole, what all ranks have: `buffer/NAME`, in fp16
+        `scaler/FIELD`, and `optimizer/step`, the steps that were not skipped.
         """
         if not self._inner.state:  # no step so far, or none that was not skipped
             self._materialise_moments(torch.zeros(()))
         self._link_moments()
-        tensors = {"optimizer/step": self._steps().cpu().clone()}
-        for name, parameter in self._parameters():
-            tensors[f"param/{name}"] = self.get(parameter).cpu().clone()
-            for key in MOMENTS:
-                tensors[f"{key}/{name}"] = self._moment(parameter, key).cpu().clone()
+        found = {}
+        for key in (PARAMETER, *MOMENTS):
+            found |= self._pieces(key, None if key == PARAMETER else key)
         if self._averages:
             self._swap()
-            for name, parameter in self._parameters():
-                tensors[f"{AVERAGE}/{name}"] = self.get(parameter).cpu().clone()
+            found |= self._pieces(AVERAGE, None)
             self._swap()
         kept = self._frozen() | self._buffers()
-        tensors |= {f"buffer/{name}": tensor for name, tensor in kept.items()}
-        return tensors | {f"scaler/{name}": value for name, value in self._scaler().items()}
+        if rank() == 0:
+            found["optimizer/step"] = self._steps().cpu().clone()
+            found |= {f"buffer/{name}": tensor for name, tensor in kept.items()}
+            found |= self._loss_scale.state()
+        return found
+
+    def _pieces(self, kind: str, moment: str | None) -> dict[str, Tensor]:
+        found = {}
+        for name, parameter in self._parameters():
+            offset, piece = self._mine(parameter, moment)
+            if len(piece):
+                key = f"{kind}/{name}@{offset}"
+                found[key] = piece.detach().to("cpu", torch.float32, copy=True)
+        return found
+
+    def _mine(self, parameter: nn.Parameter, moment: str | None) -> tuple[int, Tensor]:
+        """Where in the flattened master, or in a moment of it, this rank's piece begins; and it."""
+        if self._unsharded:
+            whole = self.get(parameter) if moment is None else self._moment(parameter, moment)
+            begin, end = self._even_share(whole.numel())
+            return begin, whole.flatten()[begin:end]
+        if self._z3:
+            local: Any = (
+                safe_get_local_fp32_param(parameter)
+                if moment is None
+                else safe_get_local_optimizer_state(parameter, moment)
+            )
+            offset = rank() * local.numel()
+            return offset, local.flatten()[: max(0, _shape(parameter).numel() - offset)]
+        mapping: Any = getattr(parameter, "_hp_mapping", None)
+        if mapping is None:
+            return 0, parameter.new_empty(0)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)
+
+    @staticmethod
+    def _even_share(numel: int) -> tuple[int, int]:
+        begin, end = (numel * place // world_size() for place in (rank(), rank() + 1))
+        return begin, end
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `state()` gave, of whatever world size and stage.
+        """Takes all ranks' fragments, put together, of whatever world size and stage.
 
         Where the average is new, it begins at these weights.
         """
         self._materialise_moments(tensors["optimizer/step"])
         if self._averages:
             for name, parameter in self._parameters():
-                average = tensors.get(f"{AVERAGE}/{name}", tensors[f"param/{name}"])
-                self.set(parameter, average.to(parameter.device))
+                average = tensors.get(f"{AVERAGE}/{name}", tensors[f"{PARAMETER}/{name}"])
+                self.set(parameter, _like(parameter, average))
             self._swap()
         for name, parameter in self._parameters():
-            self.set(parameter, tensors[f"param/{name}"].to(parameter.device))
+            self.set(parameter, _like(parameter, tensors[f"{PARAMETER}/{name}"]))
             for key in MOMENTS:
-                self._set_moment(parameter, key, tensors[f"{key}/{name}"].to(parameter.device))
+                self._set_moment(parameter, key, _like(parameter, tensors[f"{key}/{name}"]))
         self._load_untrained(tensors)
-        for name in self._scaler():
-            if f"scaler/{name}" in tensors:
-                kind = float if name == "cur_scale" else int
-                setattr(self._scaler_object(), name, kind(tensors[f"scaler/{name}"]))
+        self._loss_scale.load(tensors)
 
     def get(self, parameter: nn.Parameter) -> Tensor:
         """The fp32 master, whole."""
@@ -215,10 +245,8 @@ class Masters:
         return dict(zip(narrow, wide, strict=True))
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self._unsharded:
-            return self._inner.state[self._unsharded[parameter]][key]
-        moment: Any = safe_get_full_optimizer_state(parameter, key)
-        return moment.reshape(_shape(parameter))
+        """ZeRO-0: a moment, whole."""
+        return self._inner.state[self._unsharded[parameter]][key]
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._unsharded:
@@ -247,27 +275,14 @@ class Masters:
             self._optimizer._hp_optimizer_states_linked = False
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _scaler_object(self) -> Any:
-        """Where DeepSpeed keeps a dynamic loss scale; it has two kinds."""
-        scaler = getattr(self._optimizer, "loss_scaler", None)
-        return scaler or getattr(self._optimizer, "loss_scale_config", None)
-
-    def _scaler(self) -> dict[str, Tensor]:
-        scaler = self._scaler_object()
-        dynamic = getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False))
-        if not dynamic:
-            return {}
-        fields = {name: getattr(scaler, name, None) for name in _SCALER}
-        return {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in fields.items()
-            if value is not None
-        }
-
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     # Under ZeRO-3 the parameter itself is empty between forwards.
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    return value.reshape(_shape(parameter)).to(parameter.device)
 
 
 def _part(value: Tensor, local: Any) -> Tensor:

@@ -1,11 +1,15 @@
-"""What makes two attempts the same run: its order, its identity, and where its parts are kept."""
+"""What makes two attempts the same run: order, stream, random state, identity, where parts are."""
 
 from __future__ import annotations
 
+import numpy as np
+
 from clip_ray.config import Config
 from clip_ray.data.order import Order
-from clip_ray.data.shards import Manifest
+from clip_ray.data.shards import Manifest, read_manifest
+from clip_ray.data.stream import StreamSpec, stream_spec
 from clip_ray.data.tokenizer import CaptionTokenizer
+from clip_ray.storage import Storage
 
 AUGMENTATION = {
     "crop_scale", "crop_ratio", "flip_prob", "color_jitter", "color_jitter_prob", "grey_prob",
@@ -25,6 +29,27 @@ def make_order(config: Config, manifest: Manifest) -> Order:
         block_rows=block_rows,
         window_blocks=max(1, config.data.shuffle_window_rows // block_rows),
     )
+
+
+def make_stream_spec(config: Config, tokenizer: CaptionTokenizer) -> StreamSpec:
+    """The stream of the train split for workers of this config's world size."""
+    data = Storage(config.data_root)
+    manifest = read_manifest(data)
+    return stream_spec(
+        data=config.data,
+        storage=data,
+        manifest=manifest,
+        tokenizer=tokenizer,
+        order=make_order(config, manifest),
+        world_size=config.cluster.num_workers,
+        readers=config.cluster.readers_per_worker,
+        image_size=config.model.image.size,
+    )
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The random state of a rank in a step: dropout of a resumed run is that of the uncut one."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
 def run_identity(config: Config, manifest: Manifest, tokenizer: CaptionTokenizer) -> dict[str, str]:

@@ -17,8 +17,8 @@ from clip_ray.config import Config
 from clip_ray.config_file import dump_config, parse_config
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
-from clip_ray.training.checkpoint import BEST_METRIC
 from clip_ray.training.launch import train
+from clip_ray.training.ledger import BEST_METRIC
 from clip_ray.tuning.space import Distribution, Space, with_values
 
 # A trial's driver waits for its workers; its share of a CPU only makes Tune place it.

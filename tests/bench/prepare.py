@@ -32,7 +32,7 @@ from clip_ray.config_file import load_config
 from clip_ray.data.prepare import prepare
 from clip_ray.embedded_s3 import storage_session
 from clip_ray.storage import Storage
-from clip_ray.training.launch import ray_session
+from clip_ray.training.session import ray_session
 
 SHORTER_SIDE, QUALITY = 256, 95
 BARE_IMAGES = 1000

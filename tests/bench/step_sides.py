@@ -133,7 +133,7 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
     from clip_ray.pipeline import session
     from clip_ray.training import launch
 
-    launch._worker = worker
+    launch.train_worker = worker
     config = bench_config(arguments)
     with session(config, lambda line: None):
         launch.train(config, lambda line: None)
@@ -149,7 +149,7 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
 def quiet_worker(loop_config: dict[str, Any], memory: bool = False) -> None:
     """A worker as ever that stops after the bench's steps and writes its log alone."""
     from clip_ray.collectives import rank
-    from clip_ray.training import launch, loop
+    from clip_ray.training import loop, worker
 
     steps = TOWERS[loop_config["config"]["name"].split("-")[0]].steps
 
@@ -157,19 +157,24 @@ def quiet_worker(loop_config: dict[str, Any], memory: bool = False) -> None:
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.total_steps = steps
-            if memory:
-                self.context.micro_batches = lambda start_step: memory_batches(self.config)
+            context: Any = self.context
+            saver: Any = self.saver
+            stream = context.micro_batches
+            context.micro_batches = lambda some: (
+                memory_batches(self.config) if memory else stream(range(STEPS_BEYOND * steps))
+            )
+            saver.save = lambda *arguments: None
 
         def train(self) -> None:
             super().train()
             if rank() == 0:
-                self.run.write_json("bench.json", self.log)
+                Storage(self.config.run_root).write_json("bench.json", self.log)
 
-        def _end_epoch(self, step: int) -> None:
-            pass
+        def _validate(self) -> dict[str, float]:
+            return {}
 
     loop.Trainer = Trainer
-    launch._worker(loop_config | {"total_steps": STEPS_BEYOND * steps})
+    worker.train_worker(loop_config)
 
 
 def memory_worker(loop_config: dict[str, Any]) -> None:

@@ -58,7 +58,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, float]:
     """The raw folder to shards, before anything is measured."""
     from clip_ray.data.prepare import is_prepared
     from clip_ray.data.prepare import prepare as job
-    from clip_ray.training.launch import ray_session
+    from clip_ray.training.session import ray_session
 
     config = bench_config(arguments)
     storage = Storage(config.data_root)
@@ -74,8 +74,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     from clip_ray.data.shards import read_manifest
     from clip_ray.data.stream import stream_spec, training_stream
     from clip_ray.data.tokenizer import make_tokenizer
-    from clip_ray.training.launch import ray_session
     from clip_ray.training.run import make_order
+    from clip_ray.training.session import ray_session
 
     config = bench_config(arguments)
     shutil.rmtree(str(config.data.cache_dir), ignore_errors=True)

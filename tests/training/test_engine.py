@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 from conftest import SHAPES_YAML
+from engine_state import whole_state
 from process_group import run_ranks
 from torch import Tensor
 
@@ -31,10 +32,10 @@ def outcome(stage: int, precision: str) -> Outcome:
         stepped = not engine.train_step(batch(), lr=1e-3).skipped
         scale = engine.masters.weights()["logit_scale"]
         largest = max(largest, float(scale))
-    state = engine.masters.state()
+    state = whole_state(engine)
     resumed = make_engine(stage, precision, AVERAGED)
     resumed.masters.load_state(state)
-    restored = same(state, resumed.masters.state())
+    restored = same(state, whole_state(resumed))
     for each in (engine, resumed):
         each.train_step(batch(), lr=1e-3)
     return {
@@ -42,7 +43,7 @@ def outcome(stage: int, precision: str) -> Outcome:
         "largest": largest,
         "stepped": stepped,  # in fp16 not from the start: the loss scale has to come down first
         "restored": restored,
-        "continued": same(engine.masters.state(), resumed.masters.state()),
+        "continued": same(whole_state(engine), whole_state(resumed)),
     }
 
 
@@ -135,7 +136,7 @@ def offloaded_of_this_rank() -> list[bool]:
         offloaded = make_engine(stage, "fp32", f"train.offload={offload}")
         for engine in (plain, offloaded):
             engine.train_step(batch(), lr=1e-3)
-        kept.append(close(plain.masters.state(), offloaded.masters.state()))
+        kept.append(close(whole_state(plain), whole_state(offloaded)))
     return kept
 
 
@@ -147,9 +148,9 @@ def fixed_temperature_of_this_rank() -> list[bool]:
         before = engine.masters.weights()["logit_scale"]
         engine.train_step(batch(), lr=1e-3)
         resumed = make_engine(stage, "fp32", "loss.learn_temperature=false")
-        resumed.masters.load_state(engine.masters.state())
+        resumed.masters.load_state(whole_state(engine))
         kept.append(torch.equal(before, engine.masters.weights()["logit_scale"]))
-        kept.append(same(engine.masters.state(), resumed.masters.state()))
+        kept.append(same(whole_state(engine), whole_state(resumed)))
     return kept
 
 
@@ -163,7 +164,7 @@ def recomputed_of_this_rank() -> bool:
     engines = make_engine(3, "fp32"), make_engine(3, "fp32", "train.recompute=[image, text]")
     for engine in engines:
         engine.train_step(batch(), lr=1e-3)
-    return close(*(engine.masters.state() for engine in engines))
+    return close(*(whole_state(engine) for engine in engines))
 
 
 @pytest.mark.cluster

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHAPES_YAML
+from engine_state import whole_state
 from process_group import run_ranks
 from torch import Tensor
 
@@ -111,7 +112,7 @@ def outcome(case: Case) -> dict[str, Tensor]:
     result = engine.train_step(mine, lr=1e-3)
     moments = {
         name.removeprefix("exp_avg/"): tensor / (1 - config.optim.betas[0])
-        for name, tensor in engine.masters.state().items()
+        for name, tensor in whole_state(engine).items()
         if name.startswith("exp_avg/")
     }
     return {"loss": result.loss, **moments}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPES_YAML
+from engine_state import whole_state
 from process_group import run_ranks
 from test_engine import batch, make_engine, same
 from torch import Tensor
@@ -82,8 +83,8 @@ def changes_of_this_rank() -> list[dict[str, float]]:
         engine.train_step(batch(), lr=LR)
         after = engine.masters.weights()
         resumed = make_engine(stage, "fp32", *options)
-        resumed.masters.load_state(engine.masters.state())
-        assert same(engine.masters.state(), resumed.masters.state())
+        resumed.masters.load_state(whole_state(engine))
+        assert same(whole_state(engine), whole_state(resumed))
         # AdamW's first step is the learning rate, whatever the gradient's size.
         found.append({n: float((after[n] - before[n]).abs().max() / LR) for n in before})
     return found
@@ -125,7 +126,7 @@ def replayed_of_this_rank() -> float:
     ]
     images, texts = (torch.cat([part[side] for part in parts]) for side in (0, 1))
     info_nce_reference(images, texts, parts[0][2]).backward()
-    state, errors = engine.masters.state(), []
+    state, errors = whole_state(engine), []
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         if parameter.grad.norm() > 1e-6:
@@ -157,7 +158,7 @@ def compiled_of_this_rank() -> list[float]:
             engine = make_engine(stage, "fp32", *options, f"train.compile={compiled}")
             torch.manual_seed(7)
             engine.train_step(batch(), lr=LR)
-            states.append(engine.masters.state())
+            states.append(whole_state(engine))
         found.append(distance(*states))
     return found
 

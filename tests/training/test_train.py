@@ -22,9 +22,9 @@ def test_prepare_train_resume_and_load(small_config: Config) -> None:
         prepare_data(small_config, said.append)
         prepare_data(small_config, said.append)
         train_model(small_config, said.append)
-        uncut = Checkpoints(run).newest()
+        uncut = parts(run)
         train_model(small_config, said.append)
-        run.delete("checkpoints/step-00000008/manifest.json")
+        forget_newest(run)
         train_model(small_config, said.append)
         results = evaluate_model(small_config, said.append)
     assert any("is there already" in line for line in said)
@@ -33,7 +33,7 @@ def test_prepare_train_resume_and_load(small_config: Config) -> None:
     newest = Checkpoints(run).newest()
     assert newest is not None
     assert newest.step == 8
-    assert newest == uncut  # checksum of parameters and moments included: bit for bit
+    assert parts(run) == uncut  # checksums of parameters and moments: bit for bit
     assert 0 <= newest.metrics["image_retrieval_recall@1"] <= 1
     model = load_model(f"{small_config.run_root}/weights")
     assert model.encode_text(["a red star"]).shape == (1, 128)
@@ -43,3 +43,22 @@ def test_prepare_train_resume_and_load(small_config: Config) -> None:
     assert len(hits) == 3
     assert hits[0].score >= hits[1].score
     assert len(hits[0].captions) == 5
+
+
+def parts(run: Storage) -> dict[str, str]:
+    """The checksums of the newest checkpoint's state."""
+    checkpoints = Checkpoints(run)
+    newest = checkpoints.newest()
+    assert newest is not None
+    files = checkpoints.manifest(newest).files
+    return {file.name: file.sha256 for file in files if file.name.startswith("part-")}
+
+
+def forget_newest(run: Storage) -> None:
+    checkpoints = Checkpoints(run)
+    newest = checkpoints.newest()
+    assert newest is not None
+    ledger = checkpoints.ledger
+    owner = ledger.take(print)
+    ledger.forget(owner, ledger.begin_attempt(owner), {newest.folder})
+    ledger.give_back(owner)

@@ -1,0 +1,60 @@
+"""A connection to a Ray cluster, or a Ray of one's own for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.data
+
+from clip_ray.config import Config
+from clip_ray.data.stream import READER_CPUS
+
+# What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
+FORWARDED = (
+    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
+    """A connection to the cluster that the config or RAY_ADDRESS names, or a local Ray.
+
+    A local Ray is stopped at the end of the block; `dashboard` says whether it has one.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if config.cluster.gpus_per_worker == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # Readers get CPUs of their own beside the workers', or a small machine would never start;
+        # twice, since a link of the stream begins before the last one ends.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
+        readers_cpus = 2 * READER_CPUS * config.cluster.readers_per_worker
+        wanted = config.cluster.num_workers * (config.cluster.cpus_per_worker + readers_cpus) + 1
+        arguments |= {
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)),
+            "include_dashboard": dashboard,
+            "object_store_memory": 2**30,
+        }
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # What a submitted job's runtime_env says already may be said again here.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    ray.init(address or "local", logging_level=logging.WARNING, **arguments)
+    data_context = ray.data.DataContext.get_current()
+    data_context.enable_progress_bars = False
+    data_context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
