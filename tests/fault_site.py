@@ -37,7 +37,7 @@ DRIVER = Path(__file__).with_name("fault_driver.py")
 # One training worker fits a node, beside its readers.
 NODE: dict[str, Any] = {"num_cpus": 3, "object_store_memory": 300 * 2**20}
 OF_A_RUN = ("RayTrainWorker", "TrainController", "MapWorker", "Board", "PreemptionWatcher")
-S3_FAULT_S = 5.0
+S3_FAULT_S = 8.0
 RECOVERY_TIMEOUT_S = 240.0
 
 
