@@ -7,16 +7,13 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config, load_config
 from clip_ray.errors import ConfigError
-
-if TYPE_CHECKING:
-    from clip_ray.training.checkpoint import CheckpointLine
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,17 +159,16 @@ def checkpoints(
 
     Example: clip-ray checkpoints jobs/configs/shapes.yaml
     """
-    from clip_ray import pipeline
     from clip_ray.embedded_s3 import storage_session
+    from clip_ray.storage import Storage
+    from clip_ray.training.checkpoint import list_checkpoints
 
     if run.startswith("s3://"):
-        return _print_checkpoints(pipeline.checkpoints(run), as_json)
-    resolved = load_config(Path(run), overrides or ())
-    with storage_session(resolved.storage):
-        _print_checkpoints(pipeline.checkpoints(resolved.run_root), as_json)
-
-
-def _print_checkpoints(found: list[CheckpointLine], as_json: bool) -> None:
+        found = list_checkpoints(Storage(run))
+    else:
+        resolved = load_config(Path(run), overrides or ())
+        with storage_session(resolved.storage):
+            found = list_checkpoints(Storage(resolved.run_root))
     for line in found:
         print(json.dumps(asdict(line)) if as_json else line)
     _say(f"checkpoints: {sum(line.complete for line in found)} complete of {len(found)}")

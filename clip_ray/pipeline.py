@@ -20,7 +20,6 @@ from clip_ray.model.groups import learning_rate_factors
 from clip_ray.model.pretrained import load_model
 from clip_ray.search.index import Hit, read_index
 from clip_ray.storage import Storage
-from clip_ray.training.checkpoint import CheckpointLine, list_checkpoints
 from clip_ray.training.launch import train
 from clip_ray.training.run_log import check_run_logs
 from clip_ray.training.session import ray_session
@@ -81,11 +80,6 @@ def train_model(config: Config, say: Say) -> None:
     """Trains the run to its end."""
     if train(config, say):
         say(f"train: done; weights in {config.run_root}/weights")
-
-
-def checkpoints(run_root: str) -> list[CheckpointLine]:
-    """The checkpoints of the run at `run_root`, and the remains of others. Needs storage alone."""
-    return list_checkpoints(Storage(run_root))
 
 
 def evaluate_model(config: Config, say: Say) -> dict[str, dict[str, float]]:

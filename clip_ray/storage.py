@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,13 @@ class Storage:
                     _client().abort_multipart_upload(**upload)
                 raise
 
-    def abort_uploads(self, prefix: str) -> None:
-        """Gives up the uploads in parts that were begun under `prefix` and not ended."""
+    def abort_uploads(self, prefix: str, of: Callable[[str], bool]) -> None:
+        """Gives up the uploads in parts, begun under `prefix` and not ended, of such keys."""
         with self._errors_named(prefix):
             found = _client().list_multipart_uploads(Bucket=self.bucket, Prefix=self._key(prefix))
-            for upload in found.get("Uploads", []):
+            start = self._key("")
+            unfinished = found.get("Uploads", [])
+            for upload in (each for each in unfinished if of(each["Key"].removeprefix(start))):
                 _client().abort_multipart_upload(
                     Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"]
                 )

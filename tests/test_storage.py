@@ -3,7 +3,7 @@
 import pytest
 
 from clip_ray.errors import RunError
-from clip_ray.storage import Storage
+from clip_ray.storage import PART_BYTES, Storage, _client
 
 
 def test_what_is_written_is_read_listed_and_deleted(storage: Storage) -> None:
@@ -13,6 +13,31 @@ def test_what_is_written_is_read_listed_and_deleted(storage: Storage) -> None:
     assert list(storage.keys("a/")) == ["a/b.json", "a/c"]
     storage.delete("a/c")
     assert not storage.exists("a/c")
+
+
+def test_a_put_with_a_condition_is_refused_where_another_was_faster(storage: Storage) -> None:
+    assert storage.read_tagged("ledger") == (None, None)
+    assert storage.write_if("ledger", b"1", None)
+    assert not storage.write_if("ledger", b"2", None)
+    data, tag = storage.read_tagged("ledger")
+    assert data == b"1"
+    assert storage.write_if("ledger", b"2", tag)
+    assert not storage.write_if("ledger", b"3", tag)
+    assert storage.read_bytes("ledger") == b"2"
+
+
+def test_a_large_object_goes_up_in_parts_and_a_cut_upload_is_given_up(storage: Storage) -> None:
+    data = bytes(range(256)) * (PART_BYTES // 256) + b"the rest"
+    storage.write_verified("large", data)
+    assert storage.read_bytes("large") == data
+    for key in ("cut/mine", "cut/theirs"):
+        place = {"Bucket": storage.bucket, "Key": f"{storage.prefix}/{key}"}
+        upload = _client().create_multipart_upload(**place)["UploadId"]
+        _client().upload_part(**place, UploadId=upload, PartNumber=1, Body=b"0" * 2**20)
+    storage.abort_uploads("cut/", lambda key: key == "cut/mine")
+    found = _client().list_multipart_uploads(Bucket=storage.bucket, Prefix=f"{storage.prefix}/cut/")
+    left = [upload["Key"] for upload in found.get("Uploads", [])]
+    assert left == [f"{storage.prefix}/cut/theirs"]
 
 
 def test_missing_object_is_named(storage: Storage) -> None:

@@ -23,7 +23,7 @@ class StartConfig(Section):
     )
     fork: str | None = Field(
         default=None,
-        pattern=r"^.+?(@\d+)?$",
+        pattern=r"^[^@]+(@\d+)?$",
         description="NAME or s3://…/runs/NAME, and @STEP, of a run whose whole state is taken; "
         "without a step its newest. `clip-ray train --fork` sets it.",
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,8 +26,6 @@ from clip_ray.training.ledger import BEST_METRIC, Entry, Ledger, best_first
 
 MANIFEST, LOG = "manifest.json", "metrics.jsonl"
 FOLDERS = "checkpoints/step-"
-# A reader that pinned a checkpoint so long ago is gone.
-PIN_S = 24 * 3600.0
 _VERSIONED = ("clip-ray", "torch", "deepspeed")
 
 
@@ -138,21 +135,24 @@ class Checkpoints:
         return entry
 
     def retain(self, owner: str, attempt: int, config: CheckpointConfig) -> None:
-        """Removes what the config does not keep, and what earlier attempts left incomplete.
+        """Removes what the config does not keep, and what was left incomplete until this attempt.
 
-        Entries go first: what is no longer in the ledger is nobody's. Called by the lease's holder
-        while it uploads nothing.
+        Entries go first: what is no longer in the ledger is nobody's. What a later attempt uploads
+        is not touched, should the lease be lost meanwhile. Called by the lease's holder while it
+        uploads nothing. Raises LeaseLost.
         """
-        state = self.ledger.read()
-        pinned = {pin.folder for pin in state.pins if time.time() - pin.since_s < PIN_S}
-        gone = {e.folder for e in state.checkpoints} - kept_folders(state.checkpoints, config)
-        if gone - pinned:
-            self.ledger.forget(owner, attempt, gone - pinned)
-        needed = {entry.folder for entry in self.ledger.read().checkpoints} | pinned
-        for key in list(self._run.keys(FOLDERS)):
-            if key.rpartition("/")[0] not in needed:
-                self._run.delete(key)
-        self._run.abort_uploads(FOLDERS)
+        entries = self.list()
+        gone = {entry.folder for entry in entries} - kept_folders(entries, config)
+        state = self.ledger.forget(owner, attempt, gone)
+        needed = {entry.folder for entry in state.checkpoints}
+
+        def is_left(key: str) -> bool:
+            folder = key.rpartition("/")[0]
+            return folder not in needed and _place(folder)[1] <= attempt
+
+        for key in filter(is_left, list(self._run.keys(FOLDERS))):
+            self._run.delete(key)
+        self._run.abort_uploads(FOLDERS, is_left)
 
     def _read_verified(self, key: str, sha256: str) -> bytes:
         data = self._run.read_bytes(key)
@@ -195,7 +195,7 @@ def list_checkpoints(run: Storage) -> list[CheckpointLine]:
         lines.append(
             CheckpointLine(
                 folder=folder,
-                step=int(folder.removeprefix(FOLDERS).split("-")[0]),
+                step=_place(folder)[0],
                 epoch=entry and entry.epoch,
                 recall_at_1=entry and entry.metrics.get(BEST_METRIC),
                 size_bytes=sizes.get(folder, 0),
@@ -208,6 +208,12 @@ def list_checkpoints(run: Storage) -> list[CheckpointLine]:
 def folder_of(step: int, attempt: int) -> str:
     """Where an attempt puts its checkpoint of a step: no two attempts write the same object."""
     return f"{FOLDERS}{step:08d}-{attempt:04d}"
+
+
+def _place(folder: str) -> tuple[int, int]:
+    """The step and the attempt of a folder."""
+    step, attempt = folder.removeprefix(FOLDERS).split("-")
+    return int(step), int(attempt)
 
 
 def new_manifest(

@@ -24,6 +24,8 @@ BEST_METRIC = "image_retrieval_recall@1"
 LEASE_S = 30.0
 # A lease renewed so long ago is over, however wrong the clocks are.
 CLOCK_SKEW_S = 60.0
+# Who pinned a checkpoint so long ago is gone.
+PIN_S = 24 * 3600.0
 _RACES = 20
 
 
@@ -135,14 +137,18 @@ class Ledger:
 
         self._change_as(owner, added, attempt)
 
-    def forget(self, owner: str, attempt: int, folders: set[str]) -> None:
-        """Takes checkpoints out, before their objects are removed. Raises LeaseLost."""
+    def forget(self, owner: str, attempt: int, folders: set[str]) -> State:
+        """Takes checkpoints out, before their objects are removed; what is left.
+
+        Those that another run copies from stay. Raises LeaseLost.
+        """
 
         def without(state: State) -> State:
-            left = (each for each in state.checkpoints if each.folder not in folders)
+            gone = folders - {p.folder for p in state.pins if time.time() - p.since_s < PIN_S}
+            left = (each for each in state.checkpoints if each.folder not in gone)
             return state.model_copy(update={"checkpoints": tuple(left)})
 
-        self._change_as(owner, without, attempt)
+        return self._change_as(owner, without, attempt)
 
     @contextlib.contextmanager
     def pinned(self, step: int | None) -> Iterator[Entry]:

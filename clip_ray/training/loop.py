@@ -51,18 +51,19 @@ class Trainer:
         self.manifest = read_manifest(data)
         self.order = make_order(config, self.manifest)
         self.total_steps = self.order.steps_per_epoch * config.train.epochs
+        attempt = broadcast_object(self._begin_attempt(run) if rank() == 0 else None)
+        entries = broadcast_object(self.checkpoints.list() if rank() == 0 else None)
         model = CLIP(config.model, tokenizer.vocab_size, config.loss)
-        if config.start.weights is not None:
+        if config.start.weights is not None and not entries:
             load_weights(model, config.start.weights)
         self.architecture = model.architecture
         self.engine = Engine(model, config)
         self.validation = Validation(config, data, self.manifest, tokenizer)
         self.log: list[dict[str, Any]] = []
         self._skipped = self._skipped_in_a_row = 0
-        attempt = broadcast_object(self._begin_attempt(run) if rank() == 0 else None)
         identity = run_identity(config, self.manifest, tokenizer)
         self.saver = Saver(run, config.checkpoint, identity, context.owner, attempt, context.say)
-        self.start_step = self._resume()
+        self.start_step = self._resume(entries)
         self._logs = open_run_logs(config, self.start_step) if rank() == 0 else []
 
     def train(self) -> None:
@@ -193,12 +194,12 @@ class Trainer:
         return pack_weights(weights, self.architecture, self.tokenizer, about)
 
     def _begin_attempt(self, run: Storage) -> int:
+        attempt = self.checkpoints.ledger.begin_attempt(self.context.owner)
         run.write_json("deepspeed.json", deepspeed_config(self.config))
-        return self.checkpoints.ledger.begin_attempt(self.context.owner)
+        return attempt
 
-    def _resume(self) -> int:
+    def _resume(self, entries: tuple[Entry, ...]) -> int:
         """Takes the newest checkpoint that is whole; the step to go on at."""
-        entries = broadcast_object(self.checkpoints.list() if rank() == 0 else None)
         for entry in reversed(entries):
             found, error = self._read(entry)
             if not any_rank(torch.tensor(error is not None, device=self.engine.device)):

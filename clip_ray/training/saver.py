@@ -116,7 +116,7 @@ class Saver:
             if not must:
                 self.figures.skipped += 1
                 return
-            self.finish()
+            self._await_pending()
         started_s = time.monotonic()
         weights: Mapping[str, Tensor] = {}
         if metrics and broadcast_object(metrics[BEST_METRIC] >= self._best):  # rank 0 knows
@@ -139,11 +139,14 @@ class Saver:
     def finish(self) -> None:
         """Waits until nothing is on its way. Raises RunError where it could not be saved."""
         failed_before = self.figures.failed
+        self._await_pending()
+        if self.figures.failed > failed_before:
+            raise RunError("the last checkpoint could not be saved: see above")
+
+    def _await_pending(self) -> None:
         while self._pending is not None:
             self._pending.future.exception()  # waits
             self.poll(0, Asked.NOTHING)
-        if self.figures.failed > failed_before:
-            raise RunError("the last checkpoint could not be saved: see above")
 
     def _advance(self, pending: _Pending, failed: bool) -> None:
         """All ranks are through with an upload, or rank 0 with the commit."""

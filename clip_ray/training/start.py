@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from clip_ray.config import Config
@@ -20,7 +21,8 @@ from clip_ray.training.checkpoint import (
 from clip_ray.training.ledger import Entry
 from clip_ray.training.run import TOKENIZER_KEY, run_identity
 
-# A fork may change these; all else of its state would have no meaning.
+# A fork may change these, but for which parameters there are and which of them are trained; without
+# all else its state would have no meaning.
 MAY_DIFFER = ("optim", "loss", "train.epochs")
 
 
@@ -72,8 +74,20 @@ def _fork(
     theirs, ours = Checkpoints(source), Checkpoints(run)
     with theirs.ledger.pinned(step) as entry:
         found = theirs.manifest(entry)
-        check_identity(found, {k: v for k, v in identity.items() if k not in MAY_DIFFER})
+        theirs_fixed = found.model_copy(update={"identity": _fixed(found.identity)})
+        check_identity(theirs_fixed, _fixed(identity))
         _copy(found, entry, source, ours, identity, owner)
+
+
+def _fixed(identity: dict[str, str]) -> dict[str, str]:
+    """What a fork has in common with the run that it comes from."""
+    loss, optim = (json.loads(identity[field]) for field in ("loss", "optim"))
+    return {field: value for field, value in identity.items() if field not in MAY_DIFFER} | {
+        "loss.kind": loss["kind"],
+        "loss.learn_temperature": str(loss["learn_temperature"]),
+        "optim.image.trained_groups": str(optim["image"]["trained_groups"]),
+        "optim.text.trained_groups": str(optim["text"]["trained_groups"]),
+    }
 
 
 def _copy(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from clip_ray.config import CheckpointConfig
 from clip_ray.errors import RunError
-from clip_ray.storage import PART_BYTES, Storage
+from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import (
     Checkpoints,
     check_identity,
@@ -17,7 +19,7 @@ from clip_ray.training.checkpoint import (
     new_manifest,
     other_versions,
 )
-from clip_ray.training.ledger import BEST_METRIC, Entry
+from clip_ray.training.ledger import BEST_METRIC, Entry, LeaseLost, Ledger, State
 
 pytestmark = pytest.mark.s3
 IDENTITY = {"seed": "0", "optim": "{}"}
@@ -131,18 +133,26 @@ def test_remains_are_listed_and_removed(storage: Storage) -> None:
     assert [line.step for line in list_checkpoints(storage)] == [10]
 
 
-def test_a_large_part_goes_up_in_parts_and_a_cut_upload_is_given_up(storage: Storage) -> None:
-    data = bytes(range(256)) * (PART_BYTES // 256) + b"the rest"
-    storage.write_verified("checkpoints/step-x/part", data)
-    assert storage.read_bytes("checkpoints/step-x/part") == data
-    from clip_ray.storage import _client
+def test_who_lost_the_run_removes_nothing_of_a_later_attempt(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(storage)
+    run.write(10)
+    run.checkpoints.write_part(folder_of(20, run.attempt), 0, {"param/w@0": torch.ones(3)})
+    forget, later = Ledger.forget, folder_of(20, run.attempt + 1)
 
-    place = {"Bucket": storage.bucket, "Key": f"{storage.prefix}/checkpoints/step-y/part"}
-    upload = _client().create_multipart_upload(**place)
-    _client().upload_part(**place, UploadId=upload["UploadId"], PartNumber=1, Body=b"0" * 2**20)
-    storage.abort_uploads("checkpoints/step-")
-    found = _client().list_multipart_uploads(Bucket=storage.bucket, Prefix=place["Key"])
-    assert found.get("Uploads", []) == []
+    def overtaken(*arguments: Any) -> State:
+        left = forget(*arguments)
+        run.checkpoints.ledger.begin_attempt(run.owner)
+        run.checkpoints.write_part(later, 0, {"param/w@0": torch.ones(3)})
+        return left
+
+    monkeypatch.setattr(Ledger, "forget", overtaken)
+    run.retain(CheckpointConfig())
+    assert [line.folder for line in list_checkpoints(storage)] == [folder_of(10, 1), later]
+    with pytest.raises(LeaseLost):
+        run.retain(CheckpointConfig())
+    assert [line.folder for line in list_checkpoints(storage)] == [folder_of(10, 1), later]
 
 
 def test_fragments_are_put_together_by_offset() -> None:

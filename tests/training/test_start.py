@@ -47,6 +47,8 @@ def begun_of_this_rank(tree: dict) -> dict[str, object]:
     for name, options in {
         "another model": ["start.fork=base", "model.embed_dim=64"],
         "another batch": ["start.fork=base", "train.global_batch=16"],
+        "another loss": ["start.fork=base", "loss.kind=sigmoid"],
+        "frozen layers": ["start.fork=base", "optim.text.trained_groups=0"],
         "no such step": ["start.fork=base@5"],
         "weights of another model": [f"start.weights={weights}", "model.embed_dim=64"],
     }.items():
@@ -77,6 +79,8 @@ def test_runs_begin_with_what_another_has_made(prepared: Config) -> None:
     errors = found["errors"]
     assert "model was" in errors["another model"]
     assert "train.global_batch was 32, is 16" in errors["another batch"]
+    assert "loss.kind was info_nce, is sigmoid" in errors["another loss"]
+    assert "optim.text.trained_groups was None, is 0" in errors["frozen layers"]
     assert "has no checkpoint 5; it has [4, 8]" in errors["no such step"]
     assert "does not fit the config's model" in errors["weights of another model"]
     checkpoints = Checkpoints(Storage(override(prepared, ["name=base"]).run_root))
@@ -86,3 +90,5 @@ def test_runs_begin_with_what_another_has_made(prepared: Config) -> None:
 def test_a_run_begins_with_one_of_the_two(small_config: Config) -> None:
     with pytest.raises(ConfigError, match="weights and fork are both set"):
         override(small_config, ["start.weights=a", "start.fork=b"])
+    with pytest.raises(ConfigError, match=r"start\.fork"):
+        override(small_config, ["start.fork=base@newest"])
