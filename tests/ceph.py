@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -17,6 +16,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from free_ports import free_ports
 
 START_TIMEOUT_S = 90
 COMMAND_TIMEOUT_S = 60
@@ -54,7 +55,7 @@ def ceph_s3(folder: Path) -> Iterator[dict[str, str]]:
     folder = folder.resolve()
     for name in ("mon", "osd"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    port, *monitor_ports = _free_ports(3)
+    port, *monitor_ports = free_ports(3)
     fsid, osd_uuid = str(uuid.uuid4()), str(uuid.uuid4())
     monitor = f"[v2:127.0.0.1:{monitor_ports[0]},v1:127.0.0.1:{monitor_ports[1]}]"
     (folder / "ceph.conf").write_text(
@@ -104,14 +105,6 @@ def _in(folder: Path) -> dict[str, Any]:
         "stdout": log,
         "stderr": log,
     }
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _await_answer(port: int, daemons: list[subprocess.Popen[Any]]) -> None:

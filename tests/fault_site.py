@@ -25,12 +25,14 @@ from conftest import SHAPES_YAML, override
 from faulty_proxy import Fault, FaultyProxy, faulty_proxy
 from ray.cluster_utils import Cluster
 from s3_server import s3_server
+from torch import Tensor
 
 from clip_ray.config_file import dump_config, load_config
 from clip_ray.data.prepare import prepare
 from clip_ray.data.shapes import ShapesSpec, write_shapes
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage
+from clip_ray.training.checkpoint import Checkpoints
 from clip_ray.training.ledger import Ledger, State
 
 DRIVER = Path(__file__).with_name("fault_driver.py")
@@ -114,6 +116,13 @@ class FaultSite:
     def state(self) -> State:
         return Ledger(Storage(self.config.run_root)).read()
 
+    def newest_state(self) -> dict[str, Tensor]:
+        """The tensors of the newest checkpoint."""
+        checkpoints = Checkpoints(Storage(self.config.run_root))
+        newest = checkpoints.newest()
+        assert newest is not None
+        return checkpoints.read(newest).tensors
+
     def newest_step(self) -> int:
         return max((entry.step for entry in self.state().checkpoints), default=0)
 
@@ -170,8 +179,7 @@ class FaultSite:
     def processes(self, *words: str) -> list[psutil.Process]:
         """The cluster's processes with one of these words in their titles."""
         found = []
-        roots = [psutil.Process()]
-        for process in (child for root in roots for child in root.children(recursive=True)):
+        for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 title = " ".join(process.cmdline())
                 if title.startswith("ray::") and any(word in title for word in words):

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from free_ports import free_ports
+
 RAY = Path(sys.executable).parent / "ray"
 START_TIMEOUT_S = 90
 
@@ -21,7 +23,7 @@ START_TIMEOUT_S = 90
 @contextlib.contextmanager
 def ray_head(environment: Mapping[str, str], num_cpus: int = 4) -> Iterator[dict[str, str]]:
     """Yields the environment that a client of the head needs."""
-    gcs, dashboard, client, agent = _free_ports(4)
+    gcs, dashboard, client, agent = free_ports(4)
     # Ray's sockets lie below this folder, and their paths may have 107 characters at most.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         token = Path(folder) / "token"
@@ -49,14 +51,6 @@ def ray_head(environment: Mapping[str, str], num_cpus: int = 4) -> Iterator[dict
             yield {**common, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", "PATH": bin_first}
         finally:
             _stop(head)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _await_port(port: int, head: subprocess.Popen[bytes]) -> None:

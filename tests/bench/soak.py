@@ -25,9 +25,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fault_site import FaultSite, fault_site
 
-from clip_ray.storage import Storage
-from clip_ray.training.checkpoint import Checkpoints
-
 OPTIONS = [
     "train.epochs=100000", "checkpoint.every_epochs=5", "checkpoint.every_steps=10",
     "cluster.hang_timeout_s=10", "evaluation.batch=16",
@@ -88,13 +85,13 @@ def compare(site: FaultSite, recoveries: dict[str, list[Times]]) -> dict[str, An
     site.stop()
     last = site.newest_step()
     leaked = site.left_behind()
-    soaked, samples = final_state(site), site.samples("soak")
+    soaked, samples = site.newest_state(), site.samples("soak")
     site.start("reference", stop_at=last, pause_s=0.0)
     site.await_end(timeout_s=3600)
     wanted = site.samples("reference")
     seen = [collections.Counter(samples.get(step, [])) for step in range(last)]
     due = [collections.Counter(wanted[step]) for step in range(last)]
-    reference = final_state(site)
+    reference = site.newest_state()
     return {
         "faults": sum(map(len, recoveries.values())),
         "steps": last,
@@ -113,13 +110,6 @@ def compare(site: FaultSite, recoveries: dict[str, list[Times]]) -> dict[str, An
             for kind, each in sorted(recoveries.items())
         },
     }
-
-
-def final_state(site: FaultSite) -> dict[str, torch.Tensor]:
-    checkpoints = Checkpoints(Storage(site.config.run_root))
-    newest = checkpoints.newest()
-    assert newest is not None
-    return checkpoints.read(newest).tensors
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import override
-from fault_site import NODE, FaultSite, fault_site
-
-from clip_ray.storage import Storage
-from clip_ray.training.checkpoint import Checkpoints
+from fault_site import NODE, fault_site
 
 pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(1200)]
 OPTIONS = ["train.epochs=100000", "checkpoint.every_steps=5", "cluster.hang_timeout_s=8"]
@@ -38,10 +35,10 @@ def test_faults_one_after_the_other_change_nothing(tmp_path: Path) -> None:
             site.await_step(site.last_step() + 1)
         assert site.stop() == 130
         assert site.left_behind() == []
-        last, faulty = site.newest_step(), newest(site)
+        last, faulty = site.newest_step(), site.newest_state()
         site.start("reference", stop_at=last, pause_s=0.0)
         assert site.await_end() == 0
-        reference = newest(site)
+        reference = site.newest_state()
         assert site.samples("faulty") == site.samples("reference")
     assert faulty.keys() == reference.keys()
     assert all(torch.equal(faulty[name], reference[name]) for name in faulty)
@@ -79,10 +76,3 @@ def test_a_node_that_is_to_go_is_left_at_a_checkpoint(tmp_path: Path) -> None:
         site.await_said("train: 2 workers on", times=2)
         assert re.search(r"from step [1-9]\d*", site.said())
         assert site.stop() == 130
-
-
-def newest(site: FaultSite) -> dict[str, torch.Tensor]:
-    checkpoints = Checkpoints(Storage(site.config.run_root))
-    entry = checkpoints.newest()
-    assert entry is not None
-    return checkpoints.read(entry).tensors

@@ -61,6 +61,8 @@ def cuts_of_this_rank(tree: dict) -> dict[str, bool]:
             assert plain_run(again, cut_at=cut) is None
             resumed = run_to_end(again)
             found[f"{stage} {cut}"] = resumed.start_step < cut and same(uncut[stage], resumed)
+        # Within its stage: once ZeRO-3 has been in a process, DeepSpeed's own linear layer stays
+        # in PyTorch's place, and rounds otherwise.
         if stage == 2:
             thrice = override(at_stage, ["name=thrice"])
             for cut in (3, 6, 8):
