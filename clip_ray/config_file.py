@@ -22,10 +22,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError with every mistake in one report.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path), "sections such as `train:`")
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, origin=str(path))
+
+
+def read_yaml(path: Path, content: str) -> Tree:
+    """The mapping that a YAML file holds. Raises ConfigError, which names the wanted `content`."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(f"{path}: must hold {content}, not {tree!r}")
+    return {str(key): value for key, value in tree.items()}
 
 
 def parse_config(tree: Tree, origin: str) -> Config:
@@ -40,6 +53,15 @@ def parse_config(tree: Tree, origin: str) -> Config:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def shipped(place: str) -> Path:
+    """A file that is installed with the package: `jobs/configs/shapes.yaml` of a checkout."""
+    package = Path(__file__).parent
+    in_checkout, installed = package.parent / place, Path(place)
+    if in_checkout.exists():
+        return in_checkout
+    return package / installed.parent.name / installed.name
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
@@ -63,18 +85,6 @@ def set_field(tree: Tree, dotted: str, value: Any) -> None:
             below = tree[section] = {}
         tree = below
     tree[field] = value
-
-
-def _read_yaml(path: Path) -> Tree:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must hold sections such as `train:`, not {tree!r}")
-    return tree
 
 
 def _apply_override(tree: Tree, override: str) -> None:

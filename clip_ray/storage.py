@@ -162,6 +162,15 @@ class Storage:
                 for item in page.get("Contents", []):
                     yield item["Key"].removeprefix(start), item["Size"]
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The names of the folders right below `prefix`, which ends with a slash."""
+        pages = _client().get_paginator("list_objects_v2")
+        place = self._key(prefix)
+        with self._errors_named(prefix):
+            for page in pages.paginate(Bucket=self.bucket, Prefix=place, Delimiter="/"):
+                for found in page.get("CommonPrefixes", []):
+                    yield found["Prefix"].removeprefix(place).rstrip("/")
+
     def delete(self, key: str) -> None:
         """Removes the object; one that is not there is no error."""
         with self._errors_named(key):

@@ -1,4 +1,4 @@
-"""Starts a real Ray head with its dashboard and a token, in a process group of its own."""
+"""Starts a real Ray head with its dashboard, in a process group of its own."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ START_TIMEOUT_S = 90
 
 
 @contextlib.contextmanager
-def ray_head(environment: Mapping[str, str], num_cpus: int = 4) -> Iterator[dict[str, str]]:
-    """Yields the environment that a client of the head needs."""
+def ray_head(
+    environment: Mapping[str, str], num_cpus: int = 4, open_to_all: bool = False
+) -> Iterator[dict[str, str]]:
+    """Yields the environment that a client of the head needs, a token's unless `open_to_all`."""
     gcs, dashboard, client, agent = free_ports(4)
     # Ray's sockets lie below this folder, and their paths may have 107 characters at most.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         token = Path(folder) / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        common = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        mode = "disabled" if open_to_all else "token"
+        common = {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(token)}
         bin_first = f"{RAY.parent}:{os.environ['PATH']}"
         head = subprocess.Popen(
             [

@@ -10,7 +10,11 @@ from test_cli import clip_ray
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
-COMMANDS = ["", "demo", "prepare", "quarantine", "train", "evaluate", "tune", "search", "config"]
+COMMANDS = [
+    "", "demo", "prepare", "quarantine", "train", "checkpoints", "evaluate", "tune", "search",
+    "config", "runs", "doctor", "submit", "jobs", "logs", "stop",
+    "cluster", "cluster start", "cluster status", "cluster stop",
+]  # fmt: skip
 
 
 def check(name: str, text: str) -> None:
@@ -30,4 +34,5 @@ def test_shipped_configs_resolve_to_what_they_did(path: Path) -> None:
 def test_help_is_what_it_was(command: str) -> None:
     plain = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     shown = clip_ray(*command.split(), "--help", **plain).stdout
-    check(f"help-{command or 'all'}.txt", "\n".join(map(str.rstrip, shown.splitlines())) + "\n")
+    name = command.replace(" ", "-") or "all"
+    check(f"help-{name}.txt", "\n".join(map(str.rstrip, shown.splitlines())) + "\n")

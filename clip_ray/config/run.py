@@ -74,14 +74,35 @@ class ClusterConfig(Section):
         description="Processes that read and decode for a worker, anywhere in the cluster.",
     )
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs that a worker reserves.")
+    placement: Literal["pack", "spread"] = Field(
+        default="pack",
+        description="Workers on as few nodes as hold them, or on as many as there are. Ranks go "
+        "node by node either way.",
+    )
+    reader_labels: dict[str, str] = Field(
+        default={},
+        description="Labels of the nodes that readers run on, e.g. {role: reader} for nodes "
+        "without GPUs; none is any node.",
+    )
     max_failures: int = Field(
         default=3, ge=-1, description="Restarts after a worker dies; -1 is without end."
+    )
+    start_timeout_s: float = Field(
+        default=600,
+        gt=0,
+        description="A run whose workers find no nodes for so long ends; an autoscaler takes "
+        "minutes to start one with GPUs.",
     )
     hang_timeout_s: float = Field(
         default=300,
         gt=0,
         description="A worker that is silent so long is replaced; one that lets the others wait "
         "twice as long, too.",
+    )
+    insecure: bool = Field(
+        default=False,
+        description="Use a cluster that lets in everybody who reaches it, too. `clip-ray submit "
+        "--insecure` sets it.",
     )
 
 

@@ -158,7 +158,7 @@ def _cpus_of_a_task() -> int:
     """One core's worth: on a single machine, Ray may have been told more CPUs than it has."""
     if len(ray.nodes()) > 1:
         return 1
-    return max(1, int(ray.cluster_resources()["CPU"] // (os.cpu_count() or 1)))
+    return max(1, int(ray.cluster_resources().get("CPU", 0) // (os.cpu_count() or 1)))
 
 
 def _finish(

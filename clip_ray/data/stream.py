@@ -8,7 +8,7 @@ length is a chain of them, each begun before the one before it ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,6 +64,7 @@ class StreamSpec:
     tokenizer_json: str
     context_length: int
     readers: int  # for each rank
+    reader_labels: Mapping[str, str]  # of the nodes they run on
     steps_per_unit: int  # whose micro batches one task makes
     units_per_link: int = UNITS_PER_LINK
 
@@ -84,6 +85,7 @@ def stream_spec(
     world_size: int,
     readers: int,
     image_size: int,
+    reader_labels: Mapping[str, str] | None = None,
 ) -> StreamSpec:
     """Gathers what the readers need."""
     return StreamSpec(
@@ -96,6 +98,7 @@ def stream_spec(
         tokenizer_json=tokenizer.json_text,
         context_length=tokenizer.context_length,
         readers=readers,
+        reader_labels=reader_labels or {},
         steps_per_unit=max(1, UNIT_IMAGES // (order.global_batch // world_size)),
     )
 
@@ -140,6 +143,7 @@ class _Link:
                 fn_constructor_args=(spec, rank, steps.stop),
                 batch_size=None,
                 num_cpus=READER_CPUS,
+                label_selector=dict(spec.reader_labels),
                 compute=ray.data.ActorPoolStrategy(
                     size=min(spec.readers, len(blocks)),
                     max_tasks_in_flight_per_actor=UNITS_AT_READER,

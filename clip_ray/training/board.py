@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ class Board:
     def __init__(self) -> None:
         self._notes: list[dict[str, Any] | str] = []
         self._asked = Asked.NOTHING
+        self._waits_since_s: float | None = None
 
     def put(self, note: dict[str, Any] | str) -> None:
         """Pins progress, or a line."""
@@ -40,6 +42,17 @@ class Board:
     def asked(self) -> int:
         """What is wanted of the run."""
         return int(self._asked)
+
+    def waits(self, waits: bool) -> None:
+        """Pins whether the run waits for its workers to start."""
+        if not waits:
+            self._waits_since_s = None
+        elif self._waits_since_s is None:
+            self._waits_since_s = time.monotonic()
+
+    def waited_s(self) -> float:
+        """For how long the run has waited for its workers by now."""
+        return 0.0 if self._waits_since_s is None else time.monotonic() - self._waits_since_s
 
 
 @contextlib.contextmanager

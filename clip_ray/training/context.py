@@ -22,9 +22,13 @@ class Asked(enum.IntEnum):
 
 
 class WorkerContext(Protocol):
-    """A worker's view of its run. `owner`: the holder of the run's lease, whose worker it is."""
+    """A worker's view of its run.
+
+    `owner` is the holder of the run's lease, whose worker it is; `node` where the worker is.
+    """
 
     owner: str
+    node: str
 
     def micro_batches(self, steps: range) -> Iterator[dict[str, NDArray[Any]]]:
         """This rank's micro batches (data.stream) of these steps."""

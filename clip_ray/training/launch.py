@@ -14,19 +14,20 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from clip_ray.config import Config
+from clip_ray.config import ClusterConfig, Config
 from clip_ray.config_file import dump_config
 from clip_ray.data.shards import Manifest, read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
 from clip_ray.training.board import board_of
+from clip_ray.training.callbacks import TellsFailures, TellsWaits, root_cause
 from clip_ray.training.checkpoint import Checkpoints, check_identity, other_versions
 from clip_ray.training.context import Asked
 from clip_ray.training.ledger import lease
 from clip_ray.training.run import make_order, run_identity
 from clip_ray.training.start import begin
-from clip_ray.training.worker import EndsAtACheckpoint, train_worker
+from clip_ray.training.worker import PreparesWorker, train_worker
 
 # Training runs in a thread, whose allocator gives large tensors back to the system after every
 # operation, and takes their pages anew: a sixth of a step on a CPU. With these it keeps them.
@@ -36,6 +37,8 @@ WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
 RESIZE_INTERVAL_S = 60.0
+POLL_S = 0.5
+SAY_WAIT_S = 20.0
 Say = Callable[[str], None]
 
 
@@ -100,7 +103,7 @@ def _fit(
     for failures in itertools.count(1):
         trainer = _trainer(config, owner, board, callbacks)
         try:
-            _run(trainer, board, say)
+            _run(trainer, config, board, say)
         except ray.train.TrainingFailedError as error:
             raise RunError(f"training failed: {root_cause(error)}") from error
         except RayActorError as error:
@@ -116,7 +119,7 @@ def _trainer(
 ) -> TorchTrainer:
     cluster = config.cluster
     # Any: it is declared for user callbacks alone, and takes its own kinds too.
-    all_callbacks: Any = [*callbacks, _TellsFailures(board), EndsAtACheckpoint()]
+    all_callbacks: Any = [*callbacks, TellsFailures(board), TellsWaits(board), PreparesWorker()]
     # Ray Train reads it where the trainer is made; a collective may wait twice as long, so that the
     # silent worker is found before those that wait for it give up.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s)
@@ -138,6 +141,7 @@ def _trainer(
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
             use_gpu=bool(gpus),
             resources_per_worker={"CPU": cluster.cpus_per_worker, **gpus},
+            placement_strategy=cluster.placement.upper(),
         ),
         run_config=RunConfig(
             name="ray",
@@ -150,8 +154,11 @@ def _trainer(
     )
 
 
-def _run(trainer: TorchTrainer, board: Any, say: Say) -> None:
-    """fit(), in a thread: the first Ctrl-C or SIGTERM asks the workers for a last checkpoint."""
+def _run(trainer: TorchTrainer, config: Config, board: Any, say: Say) -> None:
+    """fit(), in a thread: the first Ctrl-C or SIGTERM asks the workers for a last checkpoint.
+
+    Raises RunError where the workers do not start in time.
+    """
     raised: list[BaseException] = []
     # Not join(): interrupted in it, Python 3.11 takes the thread for ended.
     ended = threading.Event()
@@ -166,45 +173,35 @@ def _run(trainer: TorchTrainer, board: Any, say: Say) -> None:
 
     threading.Thread(target=fit, daemon=True).start()
     try:
-        _await(ended)
+        _await(ended, config.cluster, board, say)
     except KeyboardInterrupt:
         say("train: stops at a checkpoint; interrupt once more to stop at once")
         board.ask.remote(int(Asked.STOP))
-        _await(ended)
+        _await(ended, config.cluster, board, say)
         raise
     if raised:
         raise raised[0]
 
 
-def _await(ended: threading.Event) -> None:
-    while not ended.wait(timeout=0.2):
-        pass
+def _await(ended: threading.Event, cluster: ClusterConfig, board: Any, say: Say) -> None:
+    said = False
+    while not ended.wait(timeout=POLL_S):
+        waited_s: Any = ray.get(board.waited_s.remote())
+        if waited_s > cluster.start_timeout_s:
+            raise RunError(
+                f"{_waits_for(cluster)}; none came within cluster.start_timeout_s "
+                f"({cluster.start_timeout_s:g}): ask for less, or give the cluster more nodes"
+            )
+        if waited_s > SAY_WAIT_S and not said:
+            say(f"train: {_waits_for(cluster)}")
+        said = waited_s > SAY_WAIT_S
 
 
-class _TellsFailures(UserCallback):
-    """Says which ranks failed, and of what, before Ray Train starts the workers again."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for rank, error in sorted(worker_exceptions.items()):
-            self._board.put.remote(f"train: rank {rank} failed: {root_cause(error)}")
-
-
-def root_cause(error: BaseException) -> str:
-    """What the innermost error of a worker says, in a line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    error = next(iter(failures.values()), error)
-    while inner := _inner(error):
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # Ray's own errors explain themselves at length, after a first line; others end with the point.
-    line = lines[0] if type(error).__module__.startswith("ray.") else lines[-1]
-    return f"{type(error).__name__}: {line}"
-
-
-def _inner(error: BaseException) -> BaseException | None:
-    fields = ("cause", "health_check_failure", "__cause__")
-    found = (getattr(error, field, None) for field in fields)
-    return next((each for each in found if isinstance(each, BaseException)), None)
+def _waits_for(cluster: ClusterConfig) -> str:
+    fewest = cluster.min_workers or cluster.num_workers
+    there = ray.cluster_resources()
+    return (
+        f"waits for {fewest} workers, each with {cluster.cpus_per_worker:g} CPUs and "
+        f"{cluster.gpus_per_worker:g} GPUs: the cluster has {there.get('CPU', 0):g} and "
+        f"{there.get('GPU', 0):g}"
+    )

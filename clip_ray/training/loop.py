@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from clip_ray.collectives import (
+    all_gather_objects,
     any_rank,
     backend,
     broadcast_object,
@@ -36,6 +37,7 @@ from clip_ray.training.run import make_order, run_identity, step_seed
 from clip_ray.training.run_log import open_run_logs
 from clip_ray.training.saver import Saver
 from clip_ray.training.schedule import learning_rate
+from clip_ray.training.stragglers import straggler
 from clip_ray.training.validation import Validation
 
 
@@ -78,6 +80,7 @@ class Trainer:
     def _run_steps(self) -> None:
         micro_batches = self.context.micro_batches(range(self.start_step, self.total_steps))
         self._meter = self._new_meter()
+        self._nodes = all_gather_objects(self.context.node)
         self._started_s = time.monotonic()
         for step in range(self.start_step, self.total_steps):
             with self._meter.waiting():
@@ -109,6 +112,7 @@ class Trainer:
                 raise RunError(f"a worker was told to end; the run goes on from step {done}")
             return False
         if ends_epoch:
+            self._name_the_straggler()
             loss = self.log[-1]["loss"]
             self.context.report({"step": done, "epoch": epoch, "loss": loss, **metrics})
             self._meter.restart()
@@ -122,6 +126,11 @@ class Trainer:
                 f"{device_name(self.engine.device)}, {backend()}, {self.engine.precision}, "
                 f"ZeRO-{train.zero_stage}, from step {self.start_step}"
             )
+
+    def _name_the_straggler(self) -> None:
+        own_s = self._meter.own_s
+        if rank() == 0 and own_s and (line := straggler(own_s, self._nodes)):
+            self.context.say(line)
 
     def _new_meter(self) -> StepMeter:
         return StepMeter(

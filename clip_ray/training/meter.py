@@ -1,6 +1,6 @@
 """What a step costs: its rate, where its time goes, its memory, its share of the peak.
 
-Every rank makes one and tells it of every step; rank 0 alone profiles.
+Every rank makes one and tells it of every step. All profile the same steps.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
+from statistics import median
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from clip_ray.collectives import rank
+from clip_ray.collectives import all_gather
 from clip_ray.training.hardware import Precision, peak_flops, peak_memory_bytes
 
 # A profiled step takes some 10 ms more.
@@ -35,8 +36,14 @@ class StepMeter:
         self._global_batch, self._workers = global_batch, workers
         self._flops_per_step = flops_per_step
         self._device, self._precision = device, precision
-        self._begun, self._profiled_s = False, float("-inf")
+        self._profiles_next, self._profiled_s = False, float("-inf")
         self._exposed_share = 0.0  # of a step's own time
+        self._own_step_s: float | None = None  # of the newest profiled step
+        self.own_s: list[float] = []
+        """Seconds of a step by rank, its wait for data included, its collectives not.
+
+        Empty until a step has been profiled.
+        """
         self.restart()
 
     def restart(self) -> None:
@@ -52,13 +59,12 @@ class StepMeter:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one step. Now and then one that is not the first is profiled."""
+        """Around one step. Now and then one that follows a logged one is profiled."""
         self._steps += 1
-        now_s, first, self._begun = time.monotonic(), not self._begun, True
-        if rank() != 0 or first or now_s - self._profiled_s < PROFILE_INTERVAL_S:
+        if not self._profiles_next:
             yield
             return
-        self._profiled_s = now_s
+        self._profiles_next, self._profiled_s = False, time.monotonic()
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -68,17 +74,21 @@ class StepMeter:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             step_s = time.monotonic() - started_s
-        self._exposed_share = exposed_communication_s(profiler) / step_s
+        exposed_s = exposed_communication_s(profiler)
+        self._exposed_share = exposed_s / step_s
+        self._own_step_s = step_s - exposed_s
 
     def figures(self) -> dict[str, float]:
         """Of the steps since the last call or restart: images/s, shares of time, peak memory, MFU.
 
-        data_wait_share, communication_share and compute_share add up to 1; communication is that
-        of the newest profiled step, as far as nothing was computed meanwhile.
+        Every rank must call it. data_wait_share, communication_share and compute_share add up to
+        1; communication is that of the newest profiled step, as far as nothing was computed
+        meanwhile. Once one has been profiled, the slowest and the median of `own_s` too.
         """
         passed_s, steps = time.monotonic() - self._since_s, self._steps
         waiting = self._waited_s / passed_s
         communicating = self._exposed_share * (1 - waiting)
+        self._compare_ranks(self._waited_s / steps)
         self.restart()
         rate = steps * self._global_batch / passed_s
         peak = peak_flops(self._device, self._precision) * self._workers
@@ -90,7 +100,21 @@ class StepMeter:
             "compute_share": 1 - waiting - communicating,
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
             "mfu": steps * self._flops_per_step / passed_s / peak,
+            **(
+                {"slowest_rank_s": max(self.own_s), "median_rank_s": median(self.own_s)}
+                if self.own_s
+                else {}
+            ),
         }
+
+    def _compare_ranks(self, waited_s: float) -> None:
+        """Gathers the ranks' own seconds, and agrees with rank 0 on whether to profile a step."""
+        late = time.monotonic() - self._profiled_s >= PROFILE_INTERVAL_S
+        mine = [waited_s + (self._own_step_s or 0.0), float(late)]
+        rows: list[list[float]] = all_gather(torch.tensor([mine], device=self._device)).tolist()
+        if self._own_step_s is not None:
+            self.own_s = [row[0] for row in rows]
+        self._profiles_next = rows[0][1] > 0
 
 
 def exposed_communication_s(profiler: profile) -> float:

@@ -43,6 +43,7 @@ def make_stream_spec(config: Config, tokenizer: CaptionTokenizer) -> StreamSpec:
         order=make_order(config, manifest),
         world_size=config.cluster.num_workers,
         readers=config.cluster.readers_per_worker,
+        reader_labels=config.cluster.reader_labels,
         image_size=config.model.image.size,
     )
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import ray
 import ray.data
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+from ray.data._internal.stats import get_or_create_stats_actor
 
-from clip_ray.config import Config
+from clip_ray.config import ClusterConfig, Config
 from clip_ray.data.stream import READER_CPUS
+from clip_ray.errors import RunError
 
 # What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
 FORWARDED = (
@@ -26,7 +35,8 @@ FORWARDED = (
 def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     """A connection to the cluster that the config or RAY_ADDRESS names, or a local Ray.
 
-    A local Ray is stopped at the end of the block; `dashboard` says whether it has one.
+    A local Ray is stopped at the end of the block; `dashboard` says whether it has one. Raises
+    RunError where the cluster is open to others.
     """
     if ray.is_initialized():
         yield
@@ -50,11 +60,45 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What a submitted job's runtime_env says already may be said again here.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    ray.init(address or "local", logging_level=logging.WARNING, **arguments)
+    with _sigterm_kept():
+        ray.init(address or "local", logging_level=logging.WARNING, **arguments)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
     try:
+        if address is not None:
+            _refuse_open_cluster(config.cluster)
+            _start_data_actors()
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray's handler would end the driver at once; the command's lets a run take a checkpoint."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _refuse_open_cluster(cluster: ClusterConfig) -> None:
+    """Raises RunError where other machines reach the cluster and it wants no token of them."""
+    addresses = {str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+    exposed = sorted(one for one in addresses if not ipaddress.ip_address(one).is_loopback)
+    if exposed and os.environ.get("RAY_AUTH_MODE") != "token" and not cluster.insecure:
+        raise RunError(
+            f"the cluster at {exposed[0]} lets in everybody who reaches it, to run any code: start "
+            "it with RAY_AUTH_MODE=token, or set cluster.insecure=true"
+        )
+
+
+def _start_data_actors() -> None:
+    """Starts Ray Data's detached actors on the driver's node, before a worker does on its own.
+
+    They outlive the job, and a node that has one is never idle: no autoscaler would end it.
+    """
+    get_or_create_autoscaling_coordinator()
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()

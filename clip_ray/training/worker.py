@@ -17,24 +17,28 @@ from numpy.typing import NDArray
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
+from clip_ray.collectives import use_interface_of
 from clip_ray.config import Config
 from clip_ray.config_file import parse_config
 from clip_ray.data.stream import training_stream
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.storage import Storage
 from clip_ray.training.context import Asked
+from clip_ray.training.gauges import Gauges
 from clip_ray.training.run import TOKENIZER_KEY, make_stream_spec
 
 ASK_EVERY_S = 0.5
 _TOLD_TO_END = threading.Event()
 
 
-class EndsAtACheckpoint(WorkerCallback):
-    """Lets SIGTERM, which is how schedulers announce the end, wait for a checkpoint."""
+class PreparesWorker(WorkerCallback):
+    """What a worker's process needs before its process group is made."""
 
     def after_init_train_context(self) -> None:
         """Runs in the worker's main thread, where alone a handler can be set."""
+        # How schedulers announce the end: it waits for a checkpoint.
         signal.signal(signal.SIGTERM, lambda signum, frame: _TOLD_TO_END.set())
+        use_interface_of(ray.util.get_node_ip_address())
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -56,7 +60,8 @@ class RayContext:
 
     def __init__(self, config: Config, tokenizer: CaptionTokenizer, owner: str, board: Any) -> None:
         self._config, self._tokenizer, self._board = config, tokenizer, board
-        self.owner = owner
+        self.owner, self.node = owner, ray.util.get_node_ip_address()
+        self._gauges = Gauges(config.name)
         self._rank = ray.train.get_context().get_world_rank()
         self._drain_told = False
         self._answer: Any = None
@@ -67,8 +72,9 @@ class RayContext:
         return training_stream(make_stream_spec(self._config, self._tokenizer), self._rank, steps)
 
     def progress(self, state: dict[str, Any]) -> None:
-        """To the driver's board."""
+        """To the driver's board, and to Ray's metrics."""
         self._board.put.remote(state)
+        self._gauges.set(state)
 
     def say(self, line: str) -> None:
         """To the driver's board."""

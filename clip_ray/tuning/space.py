@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from clip_ray.config import Config
-from clip_ray.config_file import parse_config, set_field
+from clip_ray.config_file import parse_config, read_yaml, set_field
 from clip_ray.errors import ConfigError
 
 Kind = Literal["uniform", "loguniform", "choice"]
+EXAMPLE = "lines such as `optim.lr: {uniform: [0.1, 0.2]}`"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def load_space(path: Path, config: Config) -> Space:
     """
     space: Space = {}
     mistakes: list[str] = []
-    for dotted, text in _read(path).items():
+    for dotted, text in read_yaml(path, EXAMPLE).items():
         try:
             space[dotted] = _distribution(text)
             for value in space[dotted].values:
@@ -53,18 +52,6 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     for dotted, value in values.items():
         set_field(tree, dotted, value)
     return parse_config(tree, origin="the search space")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not tree:
-        raise ConfigError(f"{path}: must hold lines such as `optim.lr: {{uniform: [0.1, 0.2]}}`")
-    return {str(dotted): text for dotted, text in tree.items()}
 
 
 def _distribution(text: Any) -> Distribution:

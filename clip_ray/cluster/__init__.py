@@ -1,0 +1,1 @@
+"""Clusters: started on this machine, checked before they are used, and sent jobs."""
