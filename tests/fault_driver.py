@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from typing import Any
 
 
 def main() -> None:
+    if address := os.environ.get("DRIVER_ADDRESS"):
+        # Among several nodes of a machine Ray would take the head for the driver's.
+        import ray
+
+        ray.init = functools.partial(ray.init, _node_ip_address=address)
     from clip_ray import cli
     from clip_ray.training import launch
 
@@ -22,9 +29,10 @@ def main() -> None:
 
 
 def logging_worker(loop_config: dict[str, Any], folder: str, pause_s: float, stop_at: int) -> None:
-    import os
     import time
     from pathlib import Path
+
+    from sample_log import wants_memory
 
     from clip_ray.collectives import broadcast_object
     from clip_ray.training import worker
@@ -34,6 +42,7 @@ def logging_worker(loop_config: dict[str, Any], folder: str, pause_s: float, sto
         def micro_batches(self, steps: range) -> Any:
             # The ledger counts attempts; what is logged must be told apart without it.
             attempt = broadcast_object(time.time())
+            wanted = wants_memory(Path(folder), os.getpid())
             with Path(folder, f"{self._rank}-{os.getpid()}").open("a") as log:
                 for step, batch in zip(steps, super().micro_batches(steps), strict=True):
                     ids = batch["sample_ids"].tolist()
@@ -41,6 +50,8 @@ def logging_worker(loop_config: dict[str, Any], folder: str, pause_s: float, sto
                     entry |= {"at_s": time.time(), "ids": ids}
                     print(json.dumps(entry), file=log, flush=True)
                     self._done = step + 1
+                    if wanted.exists():
+                        bytearray(2**33)
                     yield batch
                     time.sleep(pause_s)
 

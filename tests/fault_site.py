@@ -7,10 +7,8 @@ file, apart from the checkpoints.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -22,9 +20,10 @@ from typing import Any
 import psutil
 import ray
 from conftest import SHAPES_YAML, override
-from faulty_proxy import Fault, FaultyProxy, faulty_proxy
+from faulty_proxy import FaultyProxy, faulty_proxy
 from ray.cluster_utils import Cluster
 from s3_server import s3_server
+from sample_log import samples
 from torch import Tensor
 
 from clip_ray.config_file import dump_config, load_config
@@ -39,19 +38,27 @@ DRIVER = Path(__file__).with_name("fault_driver.py")
 # One training worker fits a node, beside its readers.
 NODE: dict[str, Any] = {"num_cpus": 3, "object_store_memory": 300 * 2**20}
 OF_A_RUN = ("RayTrainWorker", "TrainController", "MapWorker", "Board", "PreemptionWatcher")
-S3_FAULT_S = 8.0
 RECOVERY_TIMEOUT_S = 240.0
 
 
 class FaultSite:
     """Two worker nodes, one training worker on each; faults; and what the run has made."""
 
-    def __init__(self, folder: Path, options: list[str], pause_s: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        options: list[str],
+        pause_s: float,
+        start_cluster: Callable[[], Any],
+        seed: int = 0,
+    ) -> None:
         self.folder, self._pause_s, self.random = folder, pause_s, random.Random(seed)
         self._stack = contextlib.ExitStack()
         self._server = self._serve()
+        self.cluster = start_cluster()
+        host = self.cluster.address.split(":")[0]  # which every node reaches
         self.proxy: FaultyProxy = self._stack.enter_context(
-            faulty_proxy(os.environ["AWS_ENDPOINT_URL"])
+            faulty_proxy(os.environ["AWS_ENDPOINT_URL"], host)
         )
         raw = folder / "raw"
         write_shapes(raw, ShapesSpec(train=96, val=16, test=16, zero_shot_per_class=1))
@@ -61,14 +68,12 @@ class FaultSite:
             "data.row_group_rows=8", "data.shuffle_window_rows=64",
             f"data.cache_dir={folder / 'cache'}", "train.global_batch=24",
             "cluster.num_workers=2", "cluster.cpus_per_worker=2", "cluster.readers_per_worker=1",
-            "cluster.max_failures=-1", "logging.tensorboard=false", *options,
+            "cluster.max_failures=-1", "cluster.insecure=true", "logging.tensorboard=false",
+            *options,
         ])  # fmt: skip
         Storage(self.config.storage.root).create_bucket()
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": 200 * 2**20},
-        )
         self.nodes = [self.cluster.add_node(**NODE) for _ in range(2)]
+        self.driver_prefix: list[str] = []  # before the driver's command
         self.driver: subprocess.Popen[str] | None = None
         self.log = (folder / "driver.log").open("a")
 
@@ -78,13 +83,24 @@ class FaultSite:
         os.environ |= server.enter_context(s3_server(self.folder / "s3"))
         return server
 
+    def restart_store(self) -> None:
+        """The embedded server, killed and started again on what it has on disk."""
+        for process in psutil.Process().children():
+            if process.name() == "weed":
+                process.kill()
+        time.sleep(1)
+        self._server.close()
+        self._server = self._serve()
+        self.proxy.upstream = os.environ["AWS_ENDPOINT_URL"]
+
     def prepare(self) -> None:
         with self._connected():
             prepare(self.config.data, Storage(self.config.data_root), lambda line: None)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        ray.init(self.cluster.address, log_to_driver=False)
+        environment = {"env_vars": {"AWS_ENDPOINT_URL": self.proxy.url}}
+        ray.init(self.cluster.address, log_to_driver=False, runtime_env=environment)
         try:
             yield
         finally:
@@ -96,10 +112,10 @@ class FaultSite:
         path = self.folder / f"{name}.yaml"
         path.write_text(dump_config(self.config))
         pause_s = self._pause_s if pause_s is None else pause_s
-        ids = self.folder / f"ids-{name}"
-        ids.mkdir(exist_ok=True)
+        self.ids(name).mkdir(exist_ok=True)
         self.driver = subprocess.Popen(
-            [sys.executable, str(DRIVER), str(path), str(ids), str(pause_s), str(stop_at)],
+            [*self.driver_prefix, sys.executable]
+            + [str(each) for each in (DRIVER, path, self.ids(name), pause_s, stop_at)],
             env=os.environ
             | {"RAY_ADDRESS": self.cluster.address, "AWS_ENDPOINT_URL": self.proxy.url},
             stdin=subprocess.DEVNULL,
@@ -128,7 +144,7 @@ class FaultSite:
 
     def last_step(self) -> int:
         """How many steps have been begun: a checkpoint of a later one was made after this call."""
-        return max(self.samples(self.config.name), default=-1) + 1
+        return max(samples(self.ids(self.config.name)), default=-1) + 1
 
     def await_step(self, step: int, timeout_s: float = RECOVERY_TIMEOUT_S) -> float:
         """Waits for a committed checkpoint of `step` or later; how long that took."""
@@ -194,31 +210,9 @@ class FaultSite:
             time.sleep(0.2)
         raise TimeoutError("no training worker is there")
 
-    def samples(self, name: str) -> dict[int, list[int]]:
-        """The samples of each step, by rank: those of the last attempt that made it."""
-        return {
-            step: [sample_id for entry in ranks for sample_id in entry["ids"]]
-            for step, ranks in self._log(name).items()
-        }
-
-    def begun_s(self, name: str) -> dict[int, float]:
-        """When each step was begun, of the last attempt that made it."""
-        return {step: ranks[0]["at_s"] for step, ranks in self._log(name).items()}
-
-    def _log(self, name: str) -> dict[int, list[dict[str, Any]]]:
-        """What the workers have logged of each step, by rank, its last attempt alone."""
-        attempts: dict[int, dict[str, list[dict[str, Any]]]] = {}
-        for path in (self.folder / f"ids-{name}").iterdir():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # cut in mid-line
-                    entry = json.loads(line)
-                    by_attempt = attempts.setdefault(entry["step"], {})
-                    by_attempt.setdefault(entry["attempt"], []).append(entry)
-        last = {step: by_attempt[max(by_attempt)] for step, by_attempt in attempts.items()}
-        return {
-            step: sorted(ranks, key=lambda each: each["rank"])
-            for step, ranks in sorted(last.items())
-        }
+    def ids(self, name: str) -> Path:
+        """Where the workers of the run `name` log what they train on."""
+        return self.folder / f"ids-{name}"
 
     def left_behind(self) -> list[str]:
         """Processes, placement groups and files that should be gone when no run is there."""
@@ -243,78 +237,6 @@ class FaultSite:
         self._server.close()
         self.log.close()
 
-    # Faults. Each returns when it has been done; the run must go on by itself, or by `await_step`.
-
-    def worker_killed(self) -> None:
-        self.a_worker().kill()
-
-    def worker_stopped(self) -> None:
-        self.a_worker().suspend()
-
-    def worker_told_to_end(self) -> None:
-        self.a_worker().terminate()
-
-    def worker_out_of_memory(self) -> None:
-        worker = self.a_worker()
-        limit = worker.memory_info().vms + 2**20
-        resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, limit))
-
-    def node_killed(self) -> None:
-        node = self.nodes.pop(self.random.randrange(len(self.nodes)))
-        self.cluster.remove_node(node, allow_graceful=False)
-        time.sleep(3)
-        self.nodes.append(self.cluster.add_node(**NODE))
-
-    def drain(self, node: Any, deadline_s: int) -> None:
-        """What a cloud does before it takes a node away."""
-        ray = Path(sys.executable).with_name("ray")
-        command = [
-            str(ray), "drain-node", f"--address={self.cluster.address}",
-            f"--node-id={node.node_id}",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test",
-            f"--deadline-remaining-seconds={deadline_s}",
-        ]  # fmt: skip
-        subprocess.run(command, check=True, timeout=60, capture_output=True)
-
-    def driver_killed(self) -> None:
-        assert self.driver is not None
-        os.killpg(self.driver.pid, signal.SIGKILL)
-        self.driver.wait(10)
-
-    def controller_killed(self) -> None:
-        for process in self.processes("TrainController"):
-            process.kill()
-
-    def store_killed(self) -> None:
-        for process in psutil.Process().children():
-            if process.name() == "weed":
-                process.kill()
-        time.sleep(1)
-        self._server.close()
-        self._server = self._serve()
-        self.proxy.upstream = os.environ["AWS_ENDPOINT_URL"]
-
-    def store_fails(self, fault: Fault) -> None:
-        self.proxy.fail(fault, S3_FAULT_S)
-        time.sleep(S3_FAULT_S)
-
-    def faults(self) -> dict[str, Callable[[], None]]:
-        """All of them by name."""
-        return {
-            "worker killed": self.worker_killed,
-            "worker stopped": self.worker_stopped,
-            "worker told to end": self.worker_told_to_end,
-            "worker out of memory": self.worker_out_of_memory,
-            "node killed": self.node_killed,
-            "driver killed": self.driver_killed,
-            "controller killed": self.controller_killed,
-            "store killed": self.store_killed,
-            "store resets": lambda: self.store_fails("reset"),
-            "store busy": lambda: self.store_fails("503"),
-            "store hangs": lambda: self.store_fails("hang"),
-            "store full": lambda: self.store_fails("full"),
-        }
-
 
 @contextlib.contextmanager
 def _environment_kept() -> Iterator[None]:
@@ -326,9 +248,20 @@ def _environment_kept() -> Iterator[None]:
         os.environ |= before
 
 
+def one_machine() -> Cluster:
+    """A head without CPUs, to which nodes are added, all at this machine's address."""
+    head: dict[str, Any] = {"num_cpus": 0, "object_store_memory": 200 * 2**20}
+    return Cluster(initialize_head=True, head_node_args=head)
+
+
 @contextlib.contextmanager
-def fault_site(folder: Path, options: list[str], pause_s: float = 0.0) -> Iterator[FaultSite]:
-    site = FaultSite(folder, options, pause_s)
+def fault_site(
+    folder: Path,
+    options: list[str],
+    pause_s: float = 0.0,
+    start_cluster: Callable[[], Any] = one_machine,
+) -> Iterator[FaultSite]:
+    site = FaultSite(folder, options, pause_s, start_cluster)
     try:
         site.prepare()
         yield site

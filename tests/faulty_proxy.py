@@ -30,12 +30,12 @@ class FaultyProxy:
     `up_bytes_per_s`: how fast clients send, all together; None for as fast as they can.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, host: str = "127.0.0.1") -> None:
         self.upstream = upstream
         self.up_bytes_per_s: float | None = None
         self.refused = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((host, 0))
+        self.url = f"http://{host}:{self._listener.getsockname()[1]}"
         self._fault: Fault = "reset"
         self._until = self._sent_until = 0.0
         self._open: list[socket.socket] = []
@@ -120,12 +120,14 @@ def reset(connection: socket.socket) -> None:
     """Closes so that the other side sees a reset, not an end."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        # A thread that waits for it would keep the connection open.
+        connection.shutdown(socket.SHUT_RD)
         connection.close()
 
 
 @contextlib.contextmanager
-def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
-    proxy = FaultyProxy(upstream)
+def faulty_proxy(upstream: str, host: str = "127.0.0.1") -> Iterator[FaultyProxy]:
+    proxy = FaultyProxy(upstream, host)
     try:
         yield proxy
     finally:

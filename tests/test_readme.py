@@ -29,15 +29,14 @@ def test_the_example_space_is_right(tmp_path: Path) -> None:
 
 
 def test_every_command_and_target_exists() -> None:
-    commands = {
-        command.callback.__name__ for command in app.registered_commands if command.callback
-    }
+    commands = {each.callback.__name__ for each in app.registered_commands if each.callback}
+    commands |= {str(group.name) for group in app.registered_groups}
     assert set(re.findall(r"clip-ray (\w+)", README)) - {"is"} <= commands
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z]+)", README, re.MULTILINE)) <= targets
 
 
 def test_every_path_exists() -> None:
-    named = re.findall(r"(?:clip_ray|jobs|tests|tune_spaces|\.assets)/[\w./]*\w", README)
+    named = re.findall(r"(?:clip_ray|jobs|raycluster|tests|tune_spaces|\.assets)/[\w./]*\w", README)
     missing = [path for path in named if not (ROOT / path).exists()]
     assert missing == []

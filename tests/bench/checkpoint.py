@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import override
 from fault_site import FaultSite, fault_site
+from sample_log import begun_s
 
 from clip_ray.storage import Storage
 
@@ -69,7 +70,7 @@ def samples_per_s(site: FaultSite, name: str, steps: int) -> float:
     """Between the warm-up's end and the last step, by the workers' own log."""
     site.start(name, stop_at=steps)
     assert site.await_end(timeout_s=600) == 0, site.said()[-3000:]
-    times_s = site.begun_s(name)
+    times_s = begun_s(site.ids(name))
     passed_s = times_s[steps - 1] - times_s[WARM_STEPS]
     return (steps - 1 - WARM_STEPS) * site.config.train.global_batch / passed_s
 

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_ray.cli import demo_config_path
 from clip_ray.config import Config
-from clip_ray.config_file import load_config
+from clip_ray.config_file import load_config, shipped
 from clip_ray.data.images import decode_rgb
 from clip_ray.data.shapes import write_shapes
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
@@ -36,7 +35,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="section.field=value, as for clip-ray")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    config = load_config(demo_config_path(), arguments.overrides)
+    config = load_config(shipped("jobs/configs/shapes.yaml"), arguments.overrides)
     write_shapes(arguments.data)
     started = time.monotonic()
     splits = read_splits(arguments.data)

@@ -27,8 +27,7 @@ from measure import PeakMemory, store_cpu_s
 from photos import photos, write_raw_set
 from PIL import Image
 
-from clip_ray.cli import demo_config_path
-from clip_ray.config_file import load_config
+from clip_ray.config_file import load_config, shipped
 from clip_ray.data.prepare import prepare
 from clip_ray.embedded_s3 import storage_session
 from clip_ray.storage import Storage
@@ -60,7 +59,7 @@ def main() -> None:
 
 def one_round(folder: str, number: int, arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_config(
-        demo_config_path(),
+        shipped("jobs/configs/shapes.yaml"),
         [
             f"storage.embedded_dir={folder}/s3", f"storage.root=s3://clip-ray-bench/{number}",
             f"data.source={folder}/raw", "data.layout=jsonl", "data.zero_shot_source=null",

@@ -17,8 +17,7 @@ from typing import Any
 
 from photos import caption, write_raw_set
 
-from clip_ray.cli import demo_config_path
-from clip_ray.config_file import load_config
+from clip_ray.config_file import load_config, shipped
 from clip_ray.embedded_s3 import storage_session
 from clip_ray.storage import Storage
 
@@ -32,7 +31,8 @@ def stored_photos(images: int) -> Iterator[tuple[list[bytes], list[str]]]:
     """The JPEGs, in a raw folder and as webdataset's tars in S3; and the options that say where."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"storage.embedded_dir={folder}/s3", "storage.root=s3://clip-ray-bench/x"]
-        with storage_session(load_config(demo_config_path(), overrides).storage) as storage:
+        config = load_config(shipped("jobs/configs/shapes.yaml"), overrides)
+        with storage_session(config.storage) as storage:
             jpegs = write_raw_set(Path(folder) / "raw", images)
             _write_tars(storage, jpegs)
             yield jpegs, ["--root", storage.root, "--raw", f"{folder}/raw"]

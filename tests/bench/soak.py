@@ -4,7 +4,7 @@
 
 A fault counts only when a checkpoint was committed after the recovery from it. At the end the run
 stops at a checkpoint, and a run without faults is trained to the same step: samples, state and
-what is left behind are compared.
+what is left behind are compared. Needs root: one of the faults mounts a full disk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fault_site import FaultSite, fault_site
+from faults import FAULTS
+from sample_log import samples
 
 OPTIONS = [
     "train.epochs=100000", "checkpoint.every_epochs=5", "checkpoint.every_steps=10",
@@ -61,16 +63,16 @@ def main() -> None:
 
 def meet_faults(site: FaultSite, minutes: float, chance: random.Random) -> dict[str, list[Times]]:
     """What came after each fault, by kind."""
-    faults, recoveries = site.faults(), collections.defaultdict(list)
+    recoveries = collections.defaultdict(list)
     site.start("soak")
     site.await_step(1)
     ends_s, due = time.monotonic() + 60 * minutes, []
-    while time.monotonic() < ends_s or len(recoveries) < len(faults):
+    while time.monotonic() < ends_s or len(recoveries) < len(FAULTS):
         time.sleep(chance.uniform(*BETWEEN_FAULTS_S) / 2)
-        due = due or chance.sample(sorted(faults), len(faults))
+        due = due or chance.sample(sorted(FAULTS), len(FAULTS))
         kind = due.pop()
         began_s, before = time.monotonic(), site.last_step()
-        faults[kind]()
+        FAULTS[kind](site)
         # Of the step after it some rank may have begun its part.
         site.await_new_step(before + 1)
         new_step_s = time.monotonic() - began_s
@@ -85,11 +87,11 @@ def compare(site: FaultSite, recoveries: dict[str, list[Times]]) -> dict[str, An
     site.stop()
     last = site.newest_step()
     leaked = site.left_behind()
-    soaked, samples = site.newest_state(), site.samples("soak")
+    soaked, log = site.newest_state(), samples(site.ids("soak"))
     site.start("reference", stop_at=last, pause_s=0.0)
     site.await_end(timeout_s=3600)
-    wanted = site.samples("reference")
-    seen = [collections.Counter(samples.get(step, [])) for step in range(last)]
+    wanted = samples(site.ids("reference"))
+    seen = [collections.Counter(log.get(step, [])) for step in range(last)]
     due = [collections.Counter(wanted[step]) for step in range(last)]
     reference = site.newest_state()
     return {
@@ -97,7 +99,7 @@ def compare(site: FaultSite, recoveries: dict[str, list[Times]]) -> dict[str, An
         "steps": last,
         "samples_lost": sum((d - s).total() for s, d in zip(seen, due, strict=True)),
         "samples_repeated": sum((s - d).total() for s, d in zip(seen, due, strict=True)),
-        "order_same": all(samples.get(step) == wanted[step] for step in range(last)),
+        "order_same": all(log.get(step) == wanted[step] for step in range(last)),
         "bit_exact": soaked.keys() == reference.keys()
         and all(torch.equal(soaked[name], reference[name]) for name in soaked),
         "leaked": leaked,

@@ -24,9 +24,8 @@ import torch
 from photos import caption, photos
 from stream_sides import tar_urls
 
-from clip_ray.cli import demo_config_path
 from clip_ray.config import Config
-from clip_ray.config_file import load_config
+from clip_ray.config_file import load_config, shipped
 from clip_ray.data.tokenizer import make_tokenizer
 from clip_ray.storage import Storage
 
@@ -106,7 +105,8 @@ def bench_config(arguments: argparse.Namespace) -> Config:
         "storage.root": arguments.root,
         "name": f"{arguments.towers}-{arguments.stage}-{os.getpid()}",
     }
-    return load_config(demo_config_path(), [f"{name}={value}" for name, value in fields.items()])
+    overrides = [f"{name}={value}" for name, value in fields.items()]
+    return load_config(shipped("jobs/configs/shapes.yaml"), overrides)
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,9 +22,8 @@ import numpy as np
 from measure import measure
 from photos import caption, photos
 
-from clip_ray.cli import demo_config_path
 from clip_ray.config import Config
-from clip_ray.config_file import load_config
+from clip_ray.config_file import load_config, shipped
 from clip_ray.storage import Storage
 
 READERS, MICRO_BATCH, SIZE = 2, 128, 224
@@ -43,7 +42,7 @@ def main() -> None:
 
 def bench_config(arguments: argparse.Namespace) -> Config:
     return load_config(
-        demo_config_path(),
+        shipped("jobs/configs/shapes.yaml"),
         [
             f"storage.root={arguments.root}", "data.zero_shot_source=null",
             f"data.source={arguments.raw}", "data.layout=jsonl", "data.shorter_side=null",

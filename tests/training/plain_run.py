@@ -39,7 +39,7 @@ class PlainContext:
             cut_at,
             stop_at,
         )
-        self.owner, self._done = owner, 0
+        self.owner, self.node, self._done = owner, "here", 0
         self.ids: dict[int, list[int]] = {}
         self.said: list[str] = []
 
@@ -69,6 +69,7 @@ class Ended:
     """What a run left behind on this rank."""
 
     def __init__(self, trainer: Trainer, context: PlainContext, say: list[str]) -> None:
+        self.log = trainer.log
         self.losses = {entry["step"]: entry["loss"] for entry in trainer.log}
         self.start_step, self.ids, self.said = trainer.start_step, context.ids, say + context.said
         self.state: dict[str, Tensor] = whole_state(trainer.engine)

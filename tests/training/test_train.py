@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from PIL import Image
+from test_gauges import dashboard_figures
 
 from clip_ray import load_model
 from clip_ray.config import Config
@@ -33,6 +36,10 @@ def test_prepare_train_resume_and_load(small_config: Config) -> None:
     newest = Checkpoints(run).newest()
     assert newest is not None
     assert newest.step == 8
+    # Ray's metrics carry what is logged, and the Grafana dashboard asks for no other.
+    logged = [json.loads(line) for line in run.read_bytes("metrics.jsonl").splitlines()]
+    names = {name.replace("@", "_at_") for entry in logged for name in entry}
+    assert dashboard_figures() <= names
     assert parts(run) == uncut  # checksums of parameters and moments: bit for bit
     assert 0 <= newest.metrics["image_retrieval_recall@1"] <= 1
     model = load_model(f"{small_config.run_root}/weights")

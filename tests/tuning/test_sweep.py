@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 import ray
 import yaml
+from secrets_search import holders
 
 from clip_ray.config import Config
 from clip_ray.config_file import parse_config
@@ -39,6 +41,8 @@ def test_sweep_ranks_its_trials_and_leaves_nothing(small_config: Config) -> None
     assert best.loss.temperature == trials[0].values["loss.temperature"]
     runs = Storage(f"{small_config.storage.root}/runs/{trials[0].run}")
     assert runs.exists("weights/model.safetensors")
+    secrets = [os.environ["AWS_SECRET_ACCESS_KEY"]]
+    assert holders(secrets, Storage(small_config.storage.root)) == []
     assert any(line.startswith("run ") and "val R@1" in line for line in said)
 
 
