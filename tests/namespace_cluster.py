@@ -106,7 +106,7 @@ class NamespaceCluster:
     def start_head(self) -> None:
         """The head, at the address it had before."""
         # Ray starts no head where it sees the nodes of one: it shall see its own processes alone.
-        alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+        alone = ["unshare", "--pid", "--fork", "--mount-proc", *_pids_unlike_ours()]
         environment = ["env", *(self._redis.environment if self._redis else [])]
         self._head = self._start(
             [*alone, *environment], "--head",
@@ -186,6 +186,17 @@ class NamespaceCluster:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"no {what} within {START_TIMEOUT_S} s")
             time.sleep(0.2)
+
+
+def _pids_unlike_ours() -> list[str]:
+    """What stands before a command in a namespace of processes, so that none has a driver's number.
+
+    The head's raylet watches a driver by its number: a driver that it cannot see is left alone,
+    but where a process of its own has the same number, it ends the driver with that process.
+    """
+    pid_max = int(Path("/proc/sys/kernel/pid_max").read_text())
+    last = (os.getpid() + pid_max // 2) % pid_max
+    return ["sh", "-c", f'echo {last} > /proc/sys/kernel/ns_last_pid; exec "$@"', "sh"]
 
 
 def _ip(*arguments: str) -> None:
