@@ -25,8 +25,8 @@ from clip_ray.training.run_log import check_run_logs
 from clip_ray.training.session import ray_session
 
 if TYPE_CHECKING:
+    from clip_ray.tuning.journal import Journal, Sweep, Trial
     from clip_ray.tuning.space import Space
-    from clip_ray.tuning.sweep import Trial
 
 Say = Callable[[str], None]
 
@@ -92,14 +92,17 @@ def evaluate_model(config: Config, say: Say) -> dict[str, dict[str, float]]:
     return results
 
 
-def tune_model(config: Config, space: Space, trials: int, say: Say) -> list[Trial]:
-    """Trains `trials` points of `space` and says which was the best."""
-    from clip_ray.tuning.sweep import run_sweep, table  # needs the extra [tune]
+def tune_model(
+    journal: Journal, sweep: Sweep, config: Config, space: Space, say: Say
+) -> list[Trial]:
+    """Runs what is left of a sweep and says which trials were the best, the best first."""
+    from clip_ray.tuning.screen import lines  # needs the extra [tune]
+    from clip_ray.tuning.sweep import run_sweep
 
-    found = run_sweep(config, space, trials, say)
-    for line in table(found):
+    found = run_sweep(journal, sweep, config, space, say)
+    for line in lines(found, config):
         say(line)
-    say(f"tune: results and best.yaml in {config.storage.root}/sweeps/{config.name}")
+    say(f"tune: best.yaml and all trials in {journal.place.root}")
     return found
 
 

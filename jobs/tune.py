@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/tune.py CONFIG --space SPACE [--trials N]`."""
+"""`ray job submit --working-dir . -- python jobs/tune.py CONFIG --space SPACE`."""
 
 import sys
 

@@ -26,7 +26,6 @@ GCS_PORT = 6399
 ALIVE: int = gcs_pb2.GcsNodeInfo.ALIVE  # pyright: ignore[reportAttributeAccessIssue]
 # A node that is cut off is given up after five seconds, not thirty.
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # whether this machine has a token or not
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
@@ -85,6 +84,8 @@ class NamespaceCluster:
     def __init__(self, redis: Redis | None = None) -> None:
         # One of 200 networks of a range that is kept for benchmarks (RFC 2544).
         self._net, self._bridge = f"198.18.{os.getpid() % 200}", f"cr{os.getpid()}"
+        # All as this process, in which a Ray of its own may have turned it on.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         self._environment, self._redis = os.environ | ENVIRONMENT, redis
         self._folder = tempfile.TemporaryDirectory(
             prefix="ray-", dir="/tmp", ignore_cleanup_errors=True

@@ -11,8 +11,8 @@ from test_cli import clip_ray
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
 COMMANDS = [
-    "", "demo", "prepare", "quarantine", "train", "checkpoints", "evaluate", "tune", "search",
-    "config", "runs", "doctor", "submit", "jobs", "logs", "stop",
+    "", "demo", "prepare", "quarantine", "train", "checkpoints", "evaluate", "tune",
+    "tune-report", "search", "config", "runs", "doctor", "submit", "jobs", "logs", "stop",
     "cluster", "cluster start", "cluster status", "cluster stop",
 ]  # fmt: skip
 

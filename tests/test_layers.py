@@ -19,15 +19,15 @@ LAYERS = [
 ALLOWED = {
     "ray.data": {"data/prepare", "data/stream", "evaluation/embed", "training/session"},
     "ray.train": {"training/callbacks", "training/launch", "training/worker"},
-    "ray.tune": {"tuning/sweep"},
+    "ray.tune": {"tuning/points", "tuning/schedulers", "tuning/sweep", "tuning/trial"},
     "deepspeed": {"training/engine", "training/masters"},
     "torch.distributed": {"collectives"},
     "boto3": {"storage", "cluster/store_checks"},
     "botocore": {"storage", "cluster/store_checks"},
 }
 WITHOUT_TORCH = {"config/data", "config/fields", "config/model", "config/run",
-                 "config/training", "config_file", "presets", "data/order", "data/transforms",
-                 "data/source",
+                 "config/training", "config/tuning", "config_file", "presets",
+                 "data/order", "data/transforms", "data/source",
                  "data/layouts", "data/images", "data/records", "data/shapes"}  # fmt: skip
 
 

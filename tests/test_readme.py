@@ -9,7 +9,7 @@ import yaml
 
 from clip_ray.cli import app
 from clip_ray.config_file import load_config, parse_config
-from clip_ray.tuning.space import load_space
+from clip_ray.tuning.space import parse_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,10 +22,12 @@ def test_the_example_config_is_right() -> None:
     assert config.model.image.timm_name == "resnet50_gn"
 
 
-def test_the_example_space_is_right(tmp_path: Path) -> None:
-    (block,) = [block for block in BLOCKS if block.startswith("loss.temperature:")]
-    (tmp_path / "space.yaml").write_text(block)
-    assert load_space(tmp_path / "space.yaml", load_config(ROOT / "jobs/configs/shapes.yaml"))
+def test_the_example_space_is_right() -> None:
+    (block,) = [block for block in BLOCKS if "\nspace:\n" in block]
+    config = load_config(ROOT / "jobs/configs/shapes.yaml")
+    space, resolved = parse_space(yaml.safe_load(block), config, origin="README")
+    assert len(space.fields) == 4
+    assert resolved.tune.max_trials == 24
 
 
 def test_every_command_and_target_exists() -> None:

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from clip_ray.cli import clusters, steps
+from clip_ray.cli import clusters, steps, sweeps
 from clip_ray.cli.common import say
 from clip_ray.errors import ConfigError
 
 INTERRUPTED = 130
 COMMANDS = (
     steps.demo, steps.prepare, steps.quarantine, steps.train, steps.checkpoints, steps.evaluate,
-    steps.tune, steps.search, steps.config,
+    sweeps.tune, sweeps.tune_report, steps.search, steps.config,
     clusters.doctor, clusters.submit, clusters.jobs, clusters.logs, clusters.stop, clusters.runs,
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import typer
 
 from clip_ray.cli.common import ConfigPath, Overrides, say
 from clip_ray.config_file import load_config, shipped
-from clip_ray.errors import RunError
+from clip_ray.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from clip_ray.cluster.jobs import Jobs
@@ -124,12 +124,16 @@ def doctor(
 
 def submit(
     command: Annotated[
-        Literal["doctor", "prepare", "train", "evaluate"], typer.Argument(help="What is to run.")
+        Literal["doctor", "prepare", "train", "evaluate", "tune"],
+        typer.Argument(help="What is to run."),
     ],
     path: ConfigPath,
     overrides: Overrides = None,
     address: Address = None,
     insecure: Insecure = False,
+    space: Annotated[
+        Path | None, typer.Option(help="Of tune: a YAML file of distributions.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow its output.")] = False,
 ) -> None:
     """Run a command on a cluster as a job, and follow it; sent again, a run resumes.
@@ -137,8 +141,14 @@ def submit(
     Example: clip-ray submit train jobs/configs/shapes.yaml train.epochs=20
     """
     resolved = load_config(path, [*(overrides or ()), *(["cluster.insecure=true"] * insecure)])
+    if (command == "tune") != (space is not None):
+        raise ConfigError(f"submit {command}: --space FILE is for tune, and tune needs it")
+    if space is not None:
+        from clip_ray.tuning.space import parse_space, read_space
+
+        resolved = parse_space(read_space(space), resolved, origin=str(space))[1]
     found = _jobs_at(address, resolved.cluster.insecure)
-    job = found.submit(command, resolved)
+    job = found.submit(command, resolved, space and space.read_text(encoding="utf-8"))
     say(f"submit: {job}; clip-ray logs {job} follows it, clip-ray stop {job} ends it")
     if not detach:
         _follow(found, job)

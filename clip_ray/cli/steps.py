@@ -147,34 +147,6 @@ def evaluate(path: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
         print(json.dumps(pipeline.evaluate_model(resolved, say)))
 
 
-def tune(
-    path: ConfigPath,
-    overrides: Overrides = None,
-    space: Annotated[Path, typer.Option(help="A YAML file of distributions.")] = Path(
-        "tune_spaces/temperature_lr.yaml"
-    ),
-    trials: Annotated[int, typer.Option(min=1, help="Points to try.")] = 8,
-    dry_run: DryRun = False,
-) -> None:
-    """Search a space of config fields for the best R@1 on the val split.
-
-    Example: clip-ray tune jobs/configs/shapes.yaml --space tune_spaces/temperature_lr.yaml
-    """
-    from clip_ray.tuning.space import load_space
-
-    resolved = load_config(path, overrides or ())
-    checked_space = load_space(space, resolved)
-    from clip_ray import pipeline
-
-    pipeline.check(resolved)
-    if dry_run:
-        return say(RIGHT)
-    # Tune frees the workers of a stopped trial through the dashboard.
-    with pipeline.session(resolved, say, dashboard=True):
-        pipeline.prepare_data(resolved, say)
-        pipeline.tune_model(resolved, checked_space, trials, say)
-
-
 def search(
     text: Annotated[str | None, typer.Option(help="A sentence.")] = None,
     image: Annotated[Path | None, typer.Option(help="An image file.")] = None,

@@ -22,6 +22,7 @@ from clip_ray.config_file import dump_config
 from clip_ray.errors import RunError
 from clip_ray.training.session import FORWARDED
 
+SPACE = "space.yaml"
 POLL_S = 1.0
 STOP_TIMEOUT_S = 180
 # Ray kills a stopped job after three seconds; a last checkpoint takes longer.
@@ -36,10 +37,11 @@ class Jobs:
         os.environ["RAY_API_SERVER_ADDRESS"] = access.dashboard
         self._client = JobSubmissionClient(access.dashboard, headers=access.headers)
 
-    def submit(self, command: str, config: Config) -> str:
+    def submit(self, command: str, config: Config, space: str | None = None) -> str:
         """Starts `clip-ray COMMAND` on the cluster, with this code and config; the job's id.
 
-        Raises RunError where an attempt at the run is alive.
+        `space`: what a space file holds, for `tune`. Raises RunError where an attempt at the run is
+        alive.
         """
         attempts = self._attempts(config.name)
         if alive := [number for number, job in attempts.items() if not job.status.is_terminal()]:
@@ -50,8 +52,12 @@ class Jobs:
             )
         env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
         with _working_dir(config) as folder:
+            entrypoint = f"python -m clip_ray {command} config.yaml"
+            if space is not None:
+                (folder / SPACE).write_text(space)
+                entrypoint += f" --space {SPACE}"
             return self._client.submit_job(
-                entrypoint=f"python -m clip_ray {command} config.yaml",
+                entrypoint=entrypoint,
                 submission_id=f"{config.name}-{max(attempts, default=0) + 1}",
                 runtime_env={"working_dir": str(folder), "env_vars": env_vars | JOB_ENV},
                 metadata={"run": config.name, "command": command},

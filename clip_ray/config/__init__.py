@@ -11,6 +11,7 @@ from clip_ray.config.run import (
     StartConfig,
 )
 from clip_ray.config.training import LossConfig, OptimConfig, TowerOptimConfig, TrainConfig
+from clip_ray.config.tuning import Goal, TuneConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "Goal",
     "ImageTowerConfig",
     "Layout",
     "LoggingConfig",
@@ -29,4 +31,5 @@ __all__ = [
     "TextTowerConfig",
     "TowerOptimConfig",
     "TrainConfig",
+    "TuneConfig",
 ]

@@ -11,6 +11,7 @@ from clip_ray.config.data import DataConfig, StorageConfig
 from clip_ray.config.fields import Name, Positive, Section
 from clip_ray.config.model import ModelConfig
 from clip_ray.config.training import LossConfig, OptimConfig, TrainConfig
+from clip_ray.config.tuning import TuneConfig
 
 
 class StartConfig(Section):
@@ -158,6 +159,7 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
+    tune: TuneConfig = TuneConfig()
 
     @property
     def local_batch(self) -> int:

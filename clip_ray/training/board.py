@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,25 +15,51 @@ from clip_ray.training.context import Asked
 from clip_ray.training.progress import Progress
 
 POLL_S = 1.0
+# Who hears the reports may take its time over the last one.
+LAST_REPORT_S = 120.0
+Heard = Callable[[dict[str, float]], None]
+
+
+class EpochReport(NamedTuple):
+    """An epoch's figures, for whoever hears them."""
+
+    figures: dict[str, float]
+
+
+# Progress of the training, a line to say, or a report.
+Note = dict[str, Any] | str | EpochReport
 
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Where workers pin their progress and lines to say, and the driver what it wants of them."""
+    """Where workers pin what they have to tell, and the driver what it wants of them."""
 
-    def __init__(self) -> None:
-        self._notes: list[dict[str, Any] | str] = []
+    def __init__(self, heard: bool) -> None:
+        self._is_heard, self._heard = heard, 0
+        self._notes: list[Note] = []
         self._asked = Asked.NOTHING
         self._waits_since_s: float | None = None
 
-    def put(self, note: dict[str, Any] | str) -> None:
-        """Pins progress, or a line."""
+    def put(self, note: Note) -> None:
+        """Pins a note."""
         self._notes.append(note)
 
-    def take(self) -> list[dict[str, Any] | str]:
+    def take(self) -> list[Note]:
         """What has been pinned since the last call."""
         notes, self._notes = self._notes, []
         return notes
+
+    def is_heard(self) -> bool:
+        """Whether somebody hears the reports."""
+        return self._is_heard
+
+    def hear(self) -> None:
+        """Pins that another report has been heard."""
+        self._heard += 1
+
+    def heard(self) -> int:
+        """How many reports have been heard."""
+        return self._heard
 
     def ask(self, wish: int) -> None:
         """Pins what is wanted of the run."""
@@ -56,11 +82,13 @@ class Board:
 
 
 @contextlib.contextmanager
-def board_of(interval_s: float, say: Callable[[str], None]) -> Iterator[Any]:
-    """A board whose notes a thread of the driver shows until the block ends."""
+def board_of(
+    interval_s: float, say: Callable[[str], None], heard: Heard | None = None
+) -> Iterator[Any]:
+    """A board whose notes a thread of the driver shows, and hands on, until the block ends."""
     # On the driver's own node: it must not be lost with a worker's.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = Board.options(scheduling_strategy=here).remote()
+    board: Any = Board.options(scheduling_strategy=here).remote(heard is not None)
     progress, stop = Progress(interval_s), threading.Event()
 
     def show() -> None:
@@ -72,7 +100,13 @@ def board_of(interval_s: float, say: Callable[[str], None]) -> Iterator[Any]:
             except Exception:  # progress must never end a run
                 continue
             for note in notes:
-                say(note) if isinstance(note, str) else progress.show(note)
+                if isinstance(note, str):
+                    say(note)
+                elif not isinstance(note, EpochReport):
+                    progress.show(note)
+                elif heard is not None:
+                    heard(note.figures)
+                    board.hear.remote()
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -80,6 +114,6 @@ def board_of(interval_s: float, say: Callable[[str], None]) -> Iterator[Any]:
         yield board
     finally:
         stop.set()
-        thread.join(timeout=15)
+        thread.join(timeout=LAST_REPORT_S)
         progress.close()
         ray.kill(board)

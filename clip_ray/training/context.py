@@ -25,10 +25,12 @@ class WorkerContext(Protocol):
     """A worker's view of its run.
 
     `owner` is the holder of the run's lease, whose worker it is; `node` where the worker is.
+    `decided`: somebody decides at each report how the run goes on, from the checkpoint of it.
     """
 
     owner: str
     node: str
+    decided: bool
 
     def micro_batches(self, steps: range) -> Iterator[dict[str, NDArray[Any]]]:
         """This rank's micro batches (data.stream) of these steps."""
@@ -47,5 +49,8 @@ class WorkerContext(Protocol):
         ...
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Hands on an epoch's metrics. Every rank must call it, equally often."""
+        """Hands on an epoch's metrics; where that is `decided`, waits until they were heard.
+
+        Every rank must call it, equally often.
+        """
         ...

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from clip_ray.config import ClusterConfig, Config
@@ -20,7 +20,7 @@ from clip_ray.data.shards import Manifest, read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
-from clip_ray.training.board import board_of
+from clip_ray.training.board import Heard, board_of
 from clip_ray.training.callbacks import TellsFailures, TellsWaits, root_cause
 from clip_ray.training.checkpoint import Checkpoints, check_identity, other_versions
 from clip_ray.training.context import Asked
@@ -42,11 +42,11 @@ SAY_WAIT_S = 20.0
 Say = Callable[[str], None]
 
 
-def train(config: Config, say: Say, callbacks: Sequence[UserCallback] = ()) -> bool:
+def train(config: Config, say: Say, heard: Heard | None = None) -> bool:
     """Trains the run to its end, from its newest checkpoint; False if it was at its end already.
 
-    Needs a Ray session and reachable storage. `callbacks` hear each epoch's report. Raises
-    RunError.
+    Needs a Ray session and reachable storage. `heard` is called, in a thread, with each epoch's
+    report. Raises RunError.
     """
     run = Storage(config.run_root)
     manifest = read_manifest(Storage(config.data_root))
@@ -55,7 +55,7 @@ def train(config: Config, say: Say, callbacks: Sequence[UserCallback] = ()) -> b
     if newest is not None and newest.step >= total_steps:
         say(f"train: {config.name} is trained already: {newest.step} steps are in {run.root}")
         return False
-    with board_of(config.logging.progress_interval_s, say) as board:
+    with board_of(config.logging.progress_interval_s, say, heard) as board:
 
         def lost() -> None:
             board.ask.remote(int(Asked.STOP))
@@ -64,7 +64,7 @@ def train(config: Config, say: Say, callbacks: Sequence[UserCallback] = ()) -> b
             tokenizer = begin(config, manifest, owner, say)
             _check_resumes(config, manifest, tokenizer, total_steps, say)
             run.write_bytes("config.yaml", dump_config(config).encode())
-            _fit(config, owner, board, say, callbacks)
+            _fit(config, owner, board, say)
     return True
 
 
@@ -96,12 +96,10 @@ def _check_resumes(
         return
 
 
-def _fit(
-    config: Config, owner: str, board: Any, say: Say, callbacks: Sequence[UserCallback]
-) -> None:
+def _fit(config: Config, owner: str, board: Any, say: Say) -> None:
     """Runs Ray Train to the end; its controller once more where that has died."""
     for failures in itertools.count(1):
-        trainer = _trainer(config, owner, board, callbacks)
+        trainer = _trainer(config, owner, board)
         try:
             _run(trainer, config, board, say)
         except ray.train.TrainingFailedError as error:
@@ -114,12 +112,10 @@ def _fit(
             return
 
 
-def _trainer(
-    config: Config, owner: str, board: Any, callbacks: Sequence[UserCallback]
-) -> TorchTrainer:
+def _trainer(config: Config, owner: str, board: Any) -> TorchTrainer:
     cluster = config.cluster
     # Any: it is declared for user callbacks alone, and takes its own kinds too.
-    all_callbacks: Any = [*callbacks, TellsFailures(board), TellsWaits(board), PreparesWorker()]
+    callbacks: Any = [TellsFailures(board), TellsWaits(board), PreparesWorker()]
     # Ray Train reads it where the trainer is made; a collective may wait twice as long, so that the
     # silent worker is found before those that wait for it give up.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s)
@@ -148,7 +144,7 @@ def _trainer(
             storage_path=Storage(config.run_root).arrow_path("").rstrip("/"),
             storage_filesystem=arrow_filesystem(),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            callbacks=all_callbacks,
+            callbacks=callbacks,
             worker_runtime_env={"env_vars": WORKER_ENV},
         ),
     )

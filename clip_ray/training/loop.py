@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Trainer:
 
     def __init__(self, config: Config, tokenizer: CaptionTokenizer, context: WorkerContext) -> None:
         torch.manual_seed(config.seed)
+        self._made_s = time.monotonic()
         self.config, self.tokenizer, self.context = config, tokenizer, context
         run = Storage(config.run_root)
         self.checkpoints = Checkpoints(run)
@@ -89,6 +91,8 @@ class Trainer:
             torch.manual_seed(step_seed(self.config.seed, step, rank()))
             with self._meter.step():
                 result = self.engine.train_step(batch, lr)
+            if step == self.start_step:
+                self._first_step_at_s = time.time()
             self._count_skipped(step, result)
             if not self._after_step(step + 1, result, lr):
                 break
@@ -104,7 +108,7 @@ class Trainer:
         metrics = self._validate() if ends_epoch else {}
         every = self.config.checkpoint.every_epochs
         if due or ends or (ends_epoch and every is not None and epoch % every == 0):
-            must = ends or asked > Asked.NOTHING
+            must = ends or asked > Asked.NOTHING or self.context.decided
             self.saver.save(self.engine.masters, done, epoch, metrics, self.log, self._pack, must)
         if asked >= Asked.LEAVE:
             self.saver.finish()
@@ -113,10 +117,23 @@ class Trainer:
             return False
         if ends_epoch:
             self._name_the_straggler()
-            loss = self.log[-1]["loss"]
-            self.context.report({"step": done, "epoch": epoch, "loss": loss, **metrics})
+            if self.context.decided:
+                self.saver.finish()
+            self.context.report(self._report(done, epoch) | metrics)
             self._meter.restart()
         return True
+
+    def _report(self, done: int, epoch: int) -> dict[str, float]:
+        """`run_s` is for how long the worker has been there, `first_step_at_s` by the clock."""
+        of_epoch = [entry for entry in self.log if entry["epoch"] > epoch - 1]
+        return {
+            "step": done,
+            "epoch": epoch,
+            "loss": of_epoch[-1]["loss"],
+            "images_per_s": median(entry["images_per_s"] for entry in of_epoch),
+            "run_s": time.monotonic() - self._made_s,
+            "first_step_at_s": self._first_step_at_s,
+        }
 
     def _say_what_it_runs_on(self) -> None:
         if rank() == 0:

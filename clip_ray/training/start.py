@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable
+
+from safetensors.torch import load, save
 
 from clip_ray.config import Config
 from clip_ray.data.shards import Manifest, read_column
@@ -52,9 +56,16 @@ def _tokenizer_json(config: Config, manifest: Manifest) -> str:
         return read_file(config.start.weights, TOKENIZER).decode()
     if config.start.fork is not None:
         return Storage(_source(config)[0]).read_bytes(TOKENIZER_KEY).decode()
-    groups = read_column(Storage(config.data_root), manifest.splits["train"], "captions")
-    captions = (caption for group in groups for caption in group)
-    return make_tokenizer(config.model.text, captions).json_text
+    text, data = config.model.text, Storage(config.data_root)
+    if text.tokenizer is not None:
+        return make_tokenizer(text, ()).json_text
+    # Kept with the data, for the other runs on it.
+    key = f"tokenizers/{manifest.sha256}-{text.vocab_size}.json"
+    if not data.exists(key):
+        groups = read_column(data, manifest.splits["train"], "captions")
+        captions = (caption for group in groups for caption in group)
+        data.write_bytes(key, make_tokenizer(text, captions).json_text.encode())
+    return data.read_bytes(key).decode()
 
 
 def _source(config: Config) -> tuple[str, int | None]:
@@ -76,7 +87,7 @@ def _fork(
         found = theirs.manifest(entry)
         theirs_fixed = found.model_copy(update={"identity": _fixed(found.identity)})
         check_identity(theirs_fixed, _fixed(identity))
-        _copy(found, entry, source, ours, identity, owner)
+        _copy(found, entry, source, ours, identity, owner, _new_scale(config, found))
 
 
 def _fixed(identity: dict[str, str]) -> dict[str, str]:
@@ -90,6 +101,13 @@ def _fixed(identity: dict[str, str]) -> dict[str, str]:
     }
 
 
+def _new_scale(config: Config, found: CheckpointManifest) -> float | None:
+    """The logit_scale of a fork that is given another temperature; None where it stays."""
+    temperature = config.loss.temperature
+    differs = json.loads(found.identity["loss"])["temperature"] != temperature
+    return math.log(1 / temperature) if differs else None
+
+
 def _copy(
     found: CheckpointManifest,
     entry: Entry,
@@ -97,16 +115,27 @@ def _copy(
     ours: Checkpoints,
     identity: dict[str, str],
     owner: str,
+    new_scale: float | None,
 ) -> None:
     attempt = ours.ledger.begin_attempt(owner)
     folder = folder_of(found.step, attempt)
     files = []
     for file in found.files:
-        copied = ours.write_file(
-            folder, file.name, source.read_bytes(f"{entry.folder}/{file.name}")
-        )
-        if copied.sha256 != file.sha256:
+        data = source.read_bytes(f"{entry.folder}/{file.name}")
+        if hashlib.sha256(data).hexdigest() != file.sha256:
             raise RunError(f"{source.uri(entry.folder)}/{file.name}: is damaged")
-        files.append(copied)
+        if new_scale is not None and file.name.endswith(".safetensors"):
+            data = _with_scale(data, new_scale)
+        files.append(ours.write_file(folder, file.name, data))
     manifest = new_manifest(found.step, found.epoch, found.metrics, identity, files)
     ours.commit(owner, attempt, folder, manifest)
+
+
+def _with_scale(part: bytes, scale: float) -> bytes:
+    """A part of the state with this logit_scale, of which AdamW remembers nothing."""
+    tensors = load(part)
+    for name, tensor in tensors.items():
+        kind, _, place = name.partition("/")
+        if place.partition("@")[0] == "logit_scale":
+            tensor.fill_(scale if kind in ("param", "ema", "buffer") else 0.0)
+    return save(tensors)

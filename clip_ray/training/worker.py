@@ -23,11 +23,13 @@ from clip_ray.config_file import parse_config
 from clip_ray.data.stream import training_stream
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.storage import Storage
+from clip_ray.training.board import EpochReport
 from clip_ray.training.context import Asked
 from clip_ray.training.gauges import Gauges
 from clip_ray.training.run import TOKENIZER_KEY, make_stream_spec
 
 ASK_EVERY_S = 0.5
+HEARD_POLL_S = 0.1
 _TOLD_TO_END = threading.Event()
 
 
@@ -61,6 +63,7 @@ class RayContext:
     def __init__(self, config: Config, tokenizer: CaptionTokenizer, owner: str, board: Any) -> None:
         self._config, self._tokenizer, self._board = config, tokenizer, board
         self.owner, self.node = owner, ray.util.get_node_ip_address()
+        self.decided = bool(ray.get(board.is_heard.remote()))
         self._gauges = Gauges(config.name)
         self._rank = ray.train.get_context().get_world_rank()
         self._drain_told = False
@@ -81,8 +84,13 @@ class RayContext:
         self._board.put.remote(line)
 
     def report(self, metrics: dict[str, float]) -> None:
-        """To Ray Train."""
+        """To Ray Train, and to the driver's board; ranks beside 0 wait in their next collective."""
         ray.train.report(metrics)
+        if self._rank == 0 and self.decided:
+            before: Any = ray.get(self._board.heard.remote())
+            self._board.put.remote(EpochReport(metrics))
+            while ray.get(self._board.heard.remote()) == before:
+                time.sleep(HEARD_POLL_S)
 
     def asked(self) -> Asked:
         """By a signal to this worker, a drain of its node, or, on rank 0, by the driver."""

@@ -1,160 +1,199 @@
-"""A sweep: Ray Tune over training runs, weak ones stopped early by ASHA."""
+"""A sweep: Ray Tune over training runs, each a trial; begun, or gone on with from its journal."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import ray
 import ray.tune
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.logger import JsonLoggerCallback
+from ray.tune.schedulers import TrialScheduler
 
 from clip_ray.config import Config
-from clip_ray.config_file import dump_config, parse_config
+from clip_ray.config_file import dump_config
+from clip_ray.data.stream import READER_CPUS
 from clip_ray.errors import RunError
-from clip_ray.storage import Storage, arrow_filesystem
-from clip_ray.training.launch import train
-from clip_ray.training.ledger import BEST_METRIC
-from clip_ray.tuning.space import Distribution, Space, with_values
+from clip_ray.evaluation.evaluate import evaluate
+from clip_ray.storage import arrow_filesystem
+from clip_ray.training.ledger import Ledger, lease
+from clip_ray.tuning.book import Book
+from clip_ray.tuning.journal import Journal, Sweep, Trial, ranked
+from clip_ray.tuning.points import Points
+from clip_ray.tuning.schedulers import make_scheduler, replay, replay_reports
+from clip_ray.tuning.screen import screen
+from clip_ray.tuning.space import Space, with_values
+from clip_ray.tuning.trial import drive, task_of
 
 # A trial's driver waits for its workers; its share of a CPU only makes Tune place it.
 DRIVER_CPUS = 0.01
-READER_CPUS = 1
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the journal has all that there is to see
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other one prints tables, whatever `verbose` says
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that has failed reports no figures
+}
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What became of one point of the space."""
+def run_sweep(
+    journal: Journal, sweep: Sweep, config: Config, space: Space, say: Say
+) -> list[Trial]:
+    """Trains the points of `space` that are left to be trained; all trials, the best first.
 
-    run: str
-    values: dict[str, Any]
-    epochs: int
-    recall: float
-    error: str | None
-
-
-def run_sweep(config: Config, space: Space, trials: int, say: Callable[[str], None]) -> list[Trial]:
-    """Trains `trials` points of `space`; the best first, by R@1 on the val split.
-
-    Results and the best config are written to `sweeps/NAME`. Each trial is a run of its own, named
-    after the sweep. Needs a Ray session and prepared data. Raises RunError where all trials fail.
+    `sweep` is what a new one begins with. Each trial is a run of its own, named after the sweep.
+    At the end the best config is written to `best.yaml`, and its run evaluated on the test split.
+    Needs a Ray session and prepared data. Raises RunError where another driver is at it, or where
+    all trials fail.
     """
-    place = Storage(config.storage.root).below(f"sweeps/{config.name}")
-    tuner = ray.tune.Tuner(
-        ray.tune.with_resources(
-            partial(_drive, config=config.model_dump(mode="json")), {"CPU": DRIVER_CPUS}
-        ),
-        param_space={},
-        tune_config=ray.tune.TuneConfig(
-            search_alg=OptunaSearch(
-                {dotted: _domain(distribution) for dotted, distribution in space.items()},
-                metric=BEST_METRIC,
-                mode="max",
-                seed=config.seed,
-            ),
-            scheduler=ASHAScheduler(
-                time_attr="epoch",
-                metric=BEST_METRIC,
-                mode="max",
-                max_t=config.train.epochs,
-                reduction_factor=2,
-            ),
-            num_samples=trials,
-            max_concurrent_trials=_concurrent_trials(config),
-            trial_dirname_creator=lambda trial: trial.trial_id,
-        ),
-        run_config=ray.tune.RunConfig(
-            name="ray",
-            storage_path=place.arrow_path("").rstrip("/"),
-            storage_filesystem=arrow_filesystem(),
-            callbacks=[_Teller(say)],
-            verbose=0,
-        ),
-    )
-    results = tuner.fit()
-    found = [_trial(config, result) for result in results]
-    found.sort(key=lambda trial: (trial.error is not None, -trial.recall))
-    place.write_json("results.json", [asdict(trial) for trial in found])
-    if found[0].error is not None:
-        raise RunError(f"every trial failed; {found[0].run}: {found[0].error}")
-    best = with_values(config, found[0].values)
-    place.write_bytes("best.yaml", dump_config(best).encode())
+    lost: list[str] = []
+    with lease(Ledger(journal.place), say, lambda: lost.append("its lease was lost")):
+        if not journal.exists():
+            journal.write_sweep(sweep)
+        book = Book(journal, config)
+        _tune(journal, config, space, book, lost, say)
+        if reason := lost or book.spent():
+            say(f"tune: ends: {reason}; clip-ray tune --resume goes on with it")
+        found = ranked(list(book.trials.values()), config)
+        if all(trial.state == "failed" for trial in found):
+            raise RunError(f"every trial failed; {found[0].run}: {found[0].error}")
+        best = with_values(config, found[0].values)
+        journal.place.write_bytes("best.yaml", dump_config(best).encode())
+        _evaluate_chosen(book, journal.sweep(), config, found[0], say)
     return found
 
 
-def table(trials: list[Trial]) -> list[str]:
-    """The trials as lines of text."""
-    fields = list(trials[0].values)
-    lines = [["run", "epochs", "val R@1", *fields]]
-    for trial in trials:
-        recall = "failed" if trial.error else f"{trial.recall:.1%}"
-        values = [f"{value:.4g}" if isinstance(value, float) else str(value)
-                  for value in trial.values.values()]  # fmt: skip
-        lines.append([trial.run, str(trial.epochs), recall, *values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
-def _drive(values: dict[str, Any], config: dict[str, Any]) -> None:
-    """One trial: the driver of a training run whose reports go to Tune."""
-    base = parse_config(config, origin="the sweep's config")
-    trial = with_values(base, {"name": _run_name(base, ray.tune.get_context().get_trial_id())})
-    train(with_values(trial, values), print, callbacks=[TuneReportCallback()])
-
-
-def _run_name(config: Config, trial_id: str | None) -> str:
-    return f"{config.name}-{trial_id}"
-
-
-def _trial(config: Config, result: ray.tune.Result) -> Trial:
-    metrics = result.metrics or {}
-    return Trial(
-        run=_run_name(config, metrics.get("trial_id")),
-        values=dict(result.config or {}),
-        epochs=int(metrics.get("epoch", 0)),
-        recall=float(metrics.get(BEST_METRIC, 0.0)),
-        error=str(result.error).strip().splitlines()[-1] if result.error else None,
+def _tune(
+    journal: Journal, config: Config, space: Space, book: Book, lost: list[str], say: Say
+) -> None:
+    points, scheduler = Points(config, space, book), make_scheduler(config, space)
+    ended = [trial for trial in book.trials.values() if trial.state != "running"]
+    replay(scheduler, ended)
+    left, concurrent = points.total - len(ended), _concurrent(config)
+    say(f"tune: {left} trials to run, {len(ended)} have ended; {concurrent} at a time")
+    if left == 0:
+        return
+    os.environ.update(ENVIRONMENT)
+    pbt = config.tune.scheduler == "pbt"  # which wants no searcher, but its whole population
+    task = ray.tune.grid_search([task_of(t)["trial"] for t in points.trials()]) if pbt else None
+    keeper = _Keeper(book, scheduler, partial(book.hours_left, points.total, concurrent), say)
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(
+            partial(drive, base=config.model_dump(mode="json")), {"CPU": DRIVER_CPUS}
+        ),
+        param_space={"trial": task} if pbt else {},
+        tune_config=ray.tune.TuneConfig(
+            search_alg=None if pbt else points,
+            scheduler=scheduler,
+            num_samples=1 if pbt else left,
+            max_concurrent_trials=concurrent,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"ray-{len(list(journal.place.folders('')))}",
+            storage_path=journal.place.arrow_path("").rstrip("/"),
+            storage_filesystem=arrow_filesystem(),
+            failure_config=ray.tune.FailureConfig(max_failures=config.cluster.max_failures),
+            stop=_Ends(book, lost),
+            callbacks=[keeper, JsonLoggerCallback()],  # without a result, Tune complains
+            verbose=0,
+        ),
     )
+    with screen(book, config):
+        tuner.fit()
 
 
-def _domain(distribution: Distribution) -> Any:
-    if distribution.kind == "choice":
-        return ray.tune.choice(list(distribution.values))
-    make = ray.tune.uniform if distribution.kind == "uniform" else ray.tune.loguniform
-    return make(*distribution.values)
+def _name(trial: Any) -> str:
+    """Tune's name for a trial, fixed when it is made."""
+    return trial.config["trial"]["name"]
 
 
-def _concurrent_trials(config: Config) -> int:
-    """How many trials fit into the cluster together, at least one."""
-    cluster = config.cluster
-    resources = ray.cluster_resources()
+def _evaluate_chosen(book: Book, sweep: Sweep, config: Config, best: Trial, say: Say) -> None:
+    """The test split is seen once, by the one run that was chosen on val."""
+    objective = next(iter(config.tune.objectives))
+    if best.state != "finished" or "recall" not in objective or sweep.chosen == best.run:
+        return
+    metrics = evaluate(with_values(config, best.values | {"name": best.run, "seed": best.seed}))
+    book.choose(best.run, metrics)
+    for name, value in metrics["zeroshot_retrieval"].items():
+        say(f"tune: {best.run}: {config.evaluation.split}: {name:28} {value:7.2%}")
+
+
+def _concurrent(config: Config) -> int:
+    """How many trials run together: what was asked for, or what fits into the nodes there are."""
+    if config.tune.concurrent is not None:
+        return config.tune.concurrent
+    cluster, there = config.cluster, ray.cluster_resources()
     readers_cpus = READER_CPUS * cluster.readers_per_worker
     cpus = cluster.num_workers * (cluster.cpus_per_worker + readers_cpus)
-    fits = resources.get("CPU", 0) // cpus
+    fits = there.get("CPU", 0) // cpus
     if cluster.gpus_per_worker:
         gpus = cluster.num_workers * cluster.gpus_per_worker
-        fits = min(fits, resources.get("GPU", 0) // gpus)
+        fits = min(fits, there.get("GPU", 0) // gpus)
     return max(1, int(fits))
 
 
-class _Teller(ray.tune.Callback):
-    """Says each trial's epochs as they end."""
+class _Ends(ray.tune.Stopper):
+    """Ends all trials where the budget is used up, or the lease was lost."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, book: Book, lost: list[str]) -> None:
+        self._book, self._lost = book, lost
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Called by Tune for each report."""
+        return self.stop_all()
+
+    def stop_all(self) -> bool:
+        """Called by Tune, often."""
+        return bool(self._lost) or self._book.spent() is not None
+
+
+class _Keeper(ray.tune.Callback):
+    """Keeps the book, and says what happens."""
+
+    def __init__(
+        self,
+        book: Book,
+        scheduler: TrialScheduler,
+        hours_left: Callable[[], float | None],
+        say: Say,
+    ) -> None:
+        self._book, self._scheduler, self._hours_left, self._say = book, scheduler, hours_left, say
+        self._replayed: set[int] = set()
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """Called by Tune. What a resumed trial reported before is told once."""
+        number = int(str(trial))
+        if number not in self._replayed:
+            self._replayed.add(number)
+            replay_reports(self._scheduler, trial, self._book.trials[number])
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any
     ) -> None:
-        recall = result.get(BEST_METRIC, 0.0)
-        self._say(f"tune: {trial.trial_id}: epoch {result.get('epoch')}, val R@1 {recall:.1%}")
+        """Called by Tune."""
+        kept = self._book.report(int(str(trial)), result)
+        if kept.state != "failed":
+            objective = self._book.objective
+            self._say(
+                f"tune: {kept.run}: epoch {kept.epochs}, {objective} {kept.figure(objective)}"
+            )
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        """Called by Tune."""
+        self._say_end(self._book.end(int(str(trial))))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self._say(f"tune: {trial.trial_id}: failed")
+        """Called by Tune, where it does not try again."""
+        lines = str(trial.get_error()).strip().splitlines()
+        self._say_end(self._book.end(int(str(trial)), error=lines[-1]))
+
+    def _say_end(self, trial: Trial) -> None:
+        why = f": {trial.error}" if trial.error else ""
+        self._say(
+            f"tune: {trial.run}: {trial.state}{why} after {trial.epochs} epochs and "
+            f"{trial.worker_hours:.3g} h; together {self._book.worker_hours:.3g} h, some "
+            f"{self._hours_left():.2g} h left"
+        )

@@ -39,7 +39,7 @@ class PlainContext:
             cut_at,
             stop_at,
         )
-        self.owner, self.node, self._done = owner, "here", 0
+        self.owner, self.node, self.decided, self._done = owner, "here", False, 0
         self.ids: dict[int, list[int]] = {}
         self.said: list[str] = []
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 from conftest import override
 from plain_run import plain_run
 from process_group import run_ranks
@@ -36,6 +39,8 @@ def begun_of_this_rank(tree: dict) -> dict[str, object]:
     child = override(base, ["name=child", "start.fork=base@4", "optim.lr=1e-5", "train.epochs=3"])
     forked = plain_run(child)
     assert forked is not None
+    hotter = override(base, ["name=hotter", "start.fork=base@4", "loss.temperature=0.05"])
+    plain_run(hotter, stop_at=5)
     newest = override(base, ["name=newest", f"start.fork={base.run_root}", "train.epochs=3"])
     continued = plain_run(newest)
     assert continued is not None
@@ -60,11 +65,28 @@ def begun_of_this_rank(tree: dict) -> dict[str, object]:
         "forked": forked.start_step,
         "same order": all(forked.ids[step] == ended.ids[step] for step in range(4, 8)),
         "other rate": forked.losses[8] != ended.losses[8],
+        "changed by another temperature": changed_by(hotter, base, step=4),
         "log before": forked.losses[4] == ended.losses[4],
         "continued": (continued.start_step, sorted(continued.ids)),
         "tuned loss": tuned.losses[1],
         "plain loss": plain.losses[1],
         "errors": errors,
+    }
+
+
+def changed_by(fork: Config, base: Config, step: int) -> dict[str, list[float]]:
+    """The tensors of a fork's first checkpoint that are not those of the run it comes from."""
+    ours, theirs = (
+        Checkpoints(Storage(config.run_root)).read(
+            next(e for e in Checkpoints(Storage(config.run_root)).list() if e.step == step)
+        )
+        for config in (fork, base)
+    )
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    return {
+        name: tensor.tolist()
+        for name, tensor in ours.tensors.items()
+        if not torch.equal(tensor, theirs.tensors[name])
     }
 
 
@@ -74,6 +96,11 @@ def test_runs_begin_with_what_another_has_made(prepared: Config) -> None:
     assert found["same order"]
     assert found["other rate"]
     assert found["log before"]
+    assert found["changed by another temperature"] == {
+        "param/logit_scale": [pytest.approx(math.log(20))],
+        "exp_avg/logit_scale": [0.0],
+        "exp_avg_sq/logit_scale": [0.0],
+    }
     assert found["continued"] == (8, [8, 9, 10, 11])
     assert found["tuned loss"] < found["plain loss"]
     errors = found["errors"]
