@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.tune
 from ray.tune.logger import JsonLoggerCallback
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import TrialScheduler
 
 from clip_ray.config import Config
@@ -150,8 +151,8 @@ class _Ends(ray.tune.Stopper):
         return bool(self._lost) or self._book.spent() is not None
 
 
-class _Keeper(ray.tune.Callback):
-    """Keeps the book, and says what happens."""
+class _Keeper(TrialProgressCallback):
+    """Keeps the book, and says what happens, in the place of Tune's own callback of this kind."""
 
     def __init__(
         self,
@@ -160,6 +161,7 @@ class _Keeper(ray.tune.Callback):
         hours_left: Callable[[], float | None],
         say: Say,
     ) -> None:
+        super().__init__()
         self._book, self._scheduler, self._hours_left, self._say = book, scheduler, hours_left, say
         self._replayed: set[int] = set()
 

@@ -8,6 +8,7 @@ of another one forks that run's state; with its own, it goes on.
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,8 +22,10 @@ from clip_ray.config import Config
 from clip_ray.config_file import parse_config
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage
+from clip_ray.training.checkpoint import Checkpoints
 from clip_ray.training.launch import train
-from clip_ray.training.ledger import LEDGER
+from clip_ray.training.ledger import BEST_METRIC, LEDGER
+from clip_ray.training.run import METRICS_KEY
 from clip_ray.tuning.journal import Trial
 from clip_ray.tuning.space import with_values
 
@@ -30,6 +33,7 @@ POINTER = "pointer.json"
 FAILED = "failed"
 # What another trial exploits must still be there when it starts.
 KEPT_FOR_PBT = 4
+REPORTED = ("step", "epoch", "loss", "images_per_s")
 
 
 class Pointer(BaseModel):
@@ -41,8 +45,15 @@ class Pointer(BaseModel):
 
 def task_of(trial: Trial) -> dict[str, Any]:
     """What Tune hands a trial, which PBT copies from one to another: all but Tune's name for it."""
-    values, name = dict(trial.values), name_of(trial.number)
-    return {"trial": {"name": name, "seed": trial.seed, "values": values, "run": trial.run}}
+    return {
+        "trial": {
+            "name": name_of(trial.number),
+            "seed": trial.seed,
+            "values": dict(trial.values),
+            "run": trial.run,
+            "epochs": trial.epochs,  # that are known
+        }
+    }
 
 
 def name_of(number: int) -> str:
@@ -62,11 +73,15 @@ def drive(task: dict[str, Any], base: dict[str, Any]) -> None:
     last: list[dict[str, Any]] = []
 
     def heard(figures: dict[str, float]) -> None:
-        start_s = figures.pop("first_step_at_s") - began_at_s
+        first_step_at_s = figures.pop("first_step_at_s", None)
+        start_s = None if first_step_at_s is None else first_step_at_s - began_at_s
         told = {"figures": figures, "epoch": figures["epoch"], "start_s": start_s, **about}
         # A scheduler may end a trial at its last epoch, too: then it shall have its weights.
         last.append(told) if told["epoch"] == resolved.train.epochs else report(told)
 
+    if fork is None:
+        for figures in _unheard(resolved, task["trial"]["epochs"]):
+            heard(figures)
     try:
         train(resolved, print, heard)
         for told in last:
@@ -99,6 +114,22 @@ def _resolved(config: Config, trial: Mapping[str, Any], run: str, fork: str | No
         keep_last = max(KEPT_FOR_PBT, config.checkpoint.keep_last)
         changes |= {"checkpoint.every_epochs": 1, "checkpoint.keep_last": keep_last}
     return with_values(config, changes)
+
+
+def _unheard(config: Config, epochs: int) -> list[dict[str, float]]:
+    """Reports of later epochs, from the log of a run that was cut off after their checkpoints."""
+    run = Storage(config.run_root)
+    newest = Checkpoints(run).newest()
+    if newest is None or ray.tune.get_checkpoint() is not None:
+        return []
+    log: list[dict[str, Any]] = [json.loads(x) for x in run.read_bytes(METRICS_KEY).splitlines()]
+    validated = [e for e in log if BEST_METRIC in e and e["step"] <= newest.step]
+    return [
+        {name: value for name, value in entry.items() if name in REPORTED or "recall" in name}
+        | {"run_s": 0.0}
+        for entry in validated
+        if entry["epoch"] > epochs
+    ]
 
 
 def _report_with_pointer(told: dict[str, Any]) -> None:
