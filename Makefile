@@ -32,6 +32,8 @@ lint: install ## Check style and types
 test: lint ## Check style and types, then run all tests, and the contract of exactness whole
 	@command -v redis-server >/dev/null || $(call apt,redis-server) \
 	  || echo "redis-server is not there and cannot be installed: its test is skipped" >&2
+	@command -v chromium >/dev/null || $(call apt,chromium) \
+	  || echo "chromium is not there and cannot be installed: no page is opened in it" >&2
 	@$(BIN)/python -m pytest $(addprefix --deselect=,$(S3_TESTS))
 	@$(MAKE) --no-print-directory test-s3
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout

@@ -1,6 +1,6 @@
 """A sweep on a cluster that grows from no node to three and back: what it finds, saves and leaves.
 
-    python tests/bench/sweep.py [--trials 12] [--epochs 8] [--seeds 3] [--json]
+    python tests/bench/sweep.py [--trials 12] [--epochs 8] [--seeds 3] [--images 2000] [--json]
 
 ASHA and Optuna on the embedded data set, over temperature and learning rate. Then the best config
 and the default one are each trained again, with seeds that no trial had, and compared on test.
@@ -25,7 +25,7 @@ import yaml
 from clip_ray.cluster.access import access
 from clip_ray.cluster.local import LocalCluster, running
 from clip_ray.config_file import load_config, shipped
-from clip_ray.data.shapes import write_shapes
+from clip_ray.data.shapes import ShapesSpec, write_shapes
 from clip_ray.embedded_s3 import storage_session
 from clip_ray.tuning.journal import Sweep, Trial, journal_of, ranked
 
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=2000, help="of the train split")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -68,7 +69,8 @@ def main() -> None:
 
 
 def bench(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    write_shapes(folder / ".clip-ray" / "raw" / "shapes")
+    spec = ShapesSpec(train=arguments.images)
+    write_shapes(folder / ".clip-ray" / "raw" / "shapes", spec)
     cluster = yaml.safe_load(shipped("raycluster/local.yaml").read_text())
     cluster["idle_timeout_minutes"] = IDLE_S / 60
     (folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
