@@ -9,7 +9,7 @@ import yaml
 
 from clip_ray.cli import app
 from clip_ray.config_file import load_config, parse_config
-from clip_ray.tuning.space import parse_space
+from clip_ray.tuning.space_file import parse_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -144,7 +144,7 @@ def submit(
     if (command == "tune") != (space is not None):
         raise ConfigError(f"submit {command}: --space FILE is for tune, and tune needs it")
     if space is not None:
-        from clip_ray.tuning.space import parse_space, read_space
+        from clip_ray.tuning.space_file import parse_space, read_space
 
         resolved = parse_space(read_space(space), resolved, origin=str(space))[1]
     found = _jobs_at(address, resolved.cluster.insecure)

@@ -44,7 +44,7 @@ def tune(
     from clip_ray import pipeline
     from clip_ray.embedded_s3 import storage_session
     from clip_ray.tuning.journal import Sweep, journal_of, parse_sweep
-    from clip_ray.tuning.space import parse_space, read_space
+    from clip_ray.tuning.space_file import parse_space, read_space
 
     journal = journal_of(resolved, resume)
     if resume is not None:

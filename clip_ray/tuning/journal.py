@@ -17,7 +17,8 @@ from clip_ray.config import Config
 from clip_ray.config_file import parse_config
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage
-from clip_ray.tuning.space import Scalar, Space, parse_space
+from clip_ray.tuning.space import Scalar, Space
+from clip_ray.tuning.space_file import parse_space
 
 SWEEP = "sweep.json"
 _READERS = 16

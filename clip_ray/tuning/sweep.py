@@ -46,7 +46,7 @@ def run_sweep(
     `sweep` is what a new one begins with. Each trial is a run of its own, named after the sweep.
     At the end the best config is written to `best.yaml`, and its run evaluated on the test split.
     Needs a Ray session and prepared data. Raises RunError where another driver is at it, or where
-    all trials fail.
+    all trials fail, and KeyboardInterrupt where it was interrupted.
     """
     lost: list[str] = []
     with lease(Ledger(journal.place), say, lambda: lost.append("its lease was lost")):
@@ -54,15 +54,27 @@ def run_sweep(
             journal.write_sweep(sweep)
         book = Book(journal, config)
         _tune(journal, config, space, book, lost, say)
-        if reason := lost or book.spent():
-            say(f"tune: ends: {reason}; clip-ray tune --resume goes on with it")
         found = ranked(list(book.trials.values()), config)
-        if all(trial.state == "failed" for trial in found):
-            raise RunError(f"every trial failed; {found[0].run}: {found[0].error}")
+        _check_end(book, found, lost, say)
         best = with_values(config, found[0].values)
         journal.place.write_bytes("best.yaml", dump_config(best).encode())
-        _evaluate_chosen(book, journal.sweep(), config, found[0], say)
+        if all(trial.state != "running" for trial in found):
+            _evaluate_chosen(book, journal.sweep(), config, found[0], say)
     return found
+
+
+def _check_end(book: Book, found: list[Trial], lost: list[str], say: Say) -> None:
+    """Raises what stands against a best trial."""
+    spent = book.spent()
+    if lost:
+        raise RunError(f"this driver stops: {lost[0]}, and another one goes on")
+    if spent is not None:
+        say(f"tune: ends: {spent}; clip-ray tune --resume goes on with it")
+    elif any(trial.state == "running" for trial in found):
+        raise KeyboardInterrupt  # Tune has taken it for itself
+    if all(trial.state == "failed" or not trial.reports for trial in found):
+        errors = [f"; {trial.run}: {trial.error}" for trial in found if trial.error]
+        raise RunError(f"no trial is there to choose{''.join(errors[:1])}")
 
 
 def _tune(

@@ -11,7 +11,7 @@ import yaml
 from clip_ray.config import Config
 from clip_ray.pipeline import tune_model
 from clip_ray.tuning.journal import Journal, Sweep, Trial, journal_of
-from clip_ray.tuning.space import parse_space
+from clip_ray.tuning.space_file import parse_space
 
 
 def run_sweep(

@@ -15,7 +15,8 @@ from clip_ray.tuning.book import Book
 from clip_ray.tuning.journal import Journal, Sweep, Trial, ranked
 from clip_ray.tuning.points import Points
 from clip_ray.tuning.schedulers import make_scheduler, replay, replay_reports
-from clip_ray.tuning.space import Space, parse_space
+from clip_ray.tuning.space import Space
+from clip_ray.tuning.space_file import parse_space
 from clip_ray.tuning.trial import FAILED
 
 pytestmark = pytest.mark.s3

@@ -13,7 +13,8 @@ from conftest import SHAPES_YAML, override
 from clip_ray.config import Config
 from clip_ray.config_file import load_config
 from clip_ray.errors import ConfigError
-from clip_ray.tuning.space import Distribution, Space, parse_space, read_space, with_values
+from clip_ray.tuning.space import Distribution, Space, with_values
+from clip_ray.tuning.space_file import parse_space, read_space
 
 SPACES = Path(__file__).parent.parent.parent / "tune_spaces"
 
