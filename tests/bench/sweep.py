@@ -57,8 +57,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000, help="of the train split")
+    parser.add_argument("--report", type=Path, default=Path("sweep.html"), help="the page on it")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     arguments = parser.parse_args()
+    arguments.report = arguments.report.resolve()
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
         result = bench(Path(name), arguments)
@@ -89,14 +91,17 @@ def bench(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         at_end = nodes.await_none(IDLE_S + 120)
         left = leaked(found)
         sweep, trials = read_sweep()
-        clip_ray("tune-report", "sweep", CONFIG, "--apply=best.yaml")
+        page = f"--report={arguments.report}"
+        clip_ray("tune-report", "sweep", CONFIG, page, "--apply=best.yaml")
+        swept = figures(sweep, trials, arguments) | {"leaked": left, "nodes_at_end": at_end}
+        print(swept, file=sys.stderr, flush=True)  # the rest takes as long again
         best = retrained("best", "best.yaml", [], arguments.seeds)
         default = retrained("default", CONFIG, options, arguments.seeds)
-        return figures(sweep, trials, arguments) | {
+        return swept | {
             "best": best, "default": default,
             "best_minus_default": statistics.mean(best) - statistics.mean(default),
             "spread": spread(best, default),
-            "leaked": left, "nodes_most": nodes.most, "nodes_at_end": at_end, "sweep_s": swept_s,
+            "nodes_most": nodes.most, "sweep_s": swept_s,
         }  # fmt: skip
     finally:
         clip_ray("cluster", "stop")
