@@ -105,7 +105,7 @@ class _MLflow:
             return
         active = mlflow.start_run(run_name=config.name)
         run.write_json(MLFLOW_RUN_KEY, {"run_id": active.info.run_id})
-        mlflow.log_params(_flat(config.model_dump(mode="json")))
+        mlflow.log_params(_flat(config.model_dump(mode="json", exclude={"tune"})))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         # In the background: a server that is away must not end the run.
