@@ -29,12 +29,15 @@ lint: install ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
+# In processes of their own: Ray, started often in one process, may end it.
 test: lint ## Check style and types, then run all tests, and the contract of exactness whole
 	@command -v redis-server >/dev/null || $(call apt,redis-server) \
 	  || echo "redis-server is not there and cannot be installed: its test is skipped" >&2
 	@command -v chromium >/dev/null || $(call apt,chromium) \
 	  || echo "chromium is not there and cannot be installed: no page is opened in it" >&2
-	@$(BIN)/python -m pytest $(addprefix --deselect=,$(S3_TESTS))
+	@$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,training tuning) $(NOT_S3)
+	@$(BIN)/python -m pytest tests/training $(NOT_S3)
+	@$(BIN)/python -m pytest tests/tuning $(NOT_S3)
 	@$(MAKE) --no-print-directory test-s3
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 
@@ -43,6 +46,8 @@ S3_TESTS := tests/test_storage.py tests/data/test_reader.py tests/training/test_
   tests/training/test_checkpoint.py tests/training/test_resume.py \
   tests/training/test_faults.py::test_faults_one_after_the_other_change_nothing \
   tests/cluster/test_store_checks.py
+
+NOT_S3 = $(addprefix --deselect=,$(S3_TESTS))
 
 test-s3: install ## Run what depends on the S3 server against Ceph, if it is there or may be installed
 	@command -v radosgw >/dev/null || $(call apt,$(CEPH)) \

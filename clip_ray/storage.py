@@ -274,11 +274,15 @@ def _client_of(endpoint: str | None, access_key: str | None, pid: int) -> Any:
 
 def arrow_filesystem() -> fs.S3FileSystem:
     """pyarrow's S3 filesystem at the endpoint of the environment."""
-    return _filesystem_of(_endpoint(), os.environ.get("AWS_ACCESS_KEY_ID"), os.getpid())
+    # Each as pyarrow finds it when a filesystem is made.
+    names = ("AWS_ACCESS_KEY_ID", "AWS_REQUEST_CHECKSUM_CALCULATION")
+    return _filesystem_of(_endpoint(), tuple(map(os.environ.get, names)), os.getpid())
 
 
 @lru_cache(maxsize=4)
-def _filesystem_of(endpoint: str | None, access_key: str | None, pid: int) -> fs.S3FileSystem:
+def _filesystem_of(
+    endpoint: str | None, found: tuple[str | None, ...], pid: int
+) -> fs.S3FileSystem:
     region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION")
     if endpoint is None:
         return fs.S3FileSystem(region=region)

@@ -21,7 +21,10 @@ def test_a_store_is_tried_and_left_as_it_was(storage: Storage) -> None:
         "reach", "write", "read", "conditional put", "multipart", "delete",
     ]  # fmt: skip
     assert set(facts.outcomes.values()) == {None}
-    assert "HTTP status 411" in str(checksums) if IS_CEPH else checksums is None
+    if IS_CEPH:
+        assert "HTTP status 411" in str(checksums)
+    else:
+        assert checksums is None
     assert facts.ahead_s is not None and abs(facts.ahead_s) < 5
     assert list(storage.keys()) == []
 
