@@ -37,8 +37,10 @@ FITTED = ["cluster.num_workers=1", "cluster.readers_per_worker=1"]
 FIRST_NEW_SEED = 1000
 COMMAND_TIMEOUT_S = 5400
 RECALL = "image_retrieval_recall@1"
-# Ray Data's own, one for the whole cluster; they run at the head and outlive every job.
-OF_THE_CLUSTER = ("AutoscalingCoordinator", "ActorLocationTracker", "_StatsActor", "StatsActor")
+# Ray's own, one of each for the whole cluster; they run at the head and outlive every job.
+OF_THE_CLUSTER = (
+    "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor", "_UsageCollectionActor",
+)  # fmt: skip
 LEFT = """
 import json, ray
 from ray.util.state import list_actors
