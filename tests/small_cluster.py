@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from free_ports import free_ports
+
+from clip_ray.cluster.processes import free_ports
 
 REPOSITORY = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"

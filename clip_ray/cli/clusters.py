@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clip_ray.cli.common import ConfigPath, Overrides, say
+from clip_ray.cli.common import ConfigPath, Overrides, say, storage_at
 from clip_ray.config_file import load_config, shipped
 from clip_ray.errors import ConfigError, RunError
 
@@ -197,15 +197,10 @@ def runs(
 
     Example: clip-ray runs jobs/configs/shapes.yaml
     """
-    from clip_ray.embedded_s3 import storage_session
-    from clip_ray.storage import Storage
     from clip_ray.training.runs import list_runs
 
-    if root.startswith("s3://"):
-        found = list_runs(Storage(root))
-    else:
-        with storage_session(load_config(Path(root)).storage) as storage:
-            found = list_runs(storage)
+    with storage_at(root, lambda resolved: resolved.storage.root) as storage:
+        found = list_runs(storage)
     for run in found:
         print(json.dumps(asdict(run)) if as_json else run)
     say(f"runs: {len(found)}")

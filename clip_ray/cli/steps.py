@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from clip_ray.cli.common import ConfigPath, Overrides, say
+from clip_ray.cli.common import ConfigPath, Overrides, say, storage_at
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config, load_config, shipped
 from clip_ray.errors import ConfigError
@@ -117,16 +117,10 @@ def checkpoints(
 
     Example: clip-ray checkpoints jobs/configs/shapes.yaml
     """
-    from clip_ray.embedded_s3 import storage_session
-    from clip_ray.storage import Storage
     from clip_ray.training.checkpoint import list_checkpoints
 
-    if run.startswith("s3://"):
-        found = list_checkpoints(Storage(run))
-    else:
-        resolved = load_config(Path(run), overrides or ())
-        with storage_session(resolved.storage):
-            found = list_checkpoints(Storage(resolved.run_root))
+    with storage_at(run, lambda resolved: resolved.run_root, overrides or ()) as storage:
+        found = list_checkpoints(storage)
     for line in found:
         print(json.dumps(asdict(line)) if as_json else line)
     say(f"checkpoints: {sum(line.complete for line in found)} complete of {len(found)}")

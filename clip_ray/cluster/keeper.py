@@ -10,7 +10,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 import yaml
 
 from clip_ray.cluster.nodes import RAY, head_tags
-from clip_ray.cluster.processes import HEAD, end_nodes, remember
+from clip_ray.cluster.processes import HEAD, end_nodes, free_ports, remember
 from clip_ray.config import StorageConfig
 from clip_ray.embedded_s3 import embedded_folder, storage_session
 from clip_ray.errors import RunError
@@ -59,7 +58,7 @@ def _storage(folder: Path) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _head(folder: Path, ray_folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    gcs, dashboard, client, agent = _free_ports(4)
+    gcs, dashboard, client, agent = free_ports(4)
     nodes = folder / "nodes"
     shutil.rmtree(nodes, ignore_errors=True)
     nodes.mkdir()
@@ -121,14 +120,6 @@ def _await_dashboard(port: int, head: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.2)
     raise RunError(f"the head did not start within {START_TIMEOUT_S} s")
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clip_ray.config import Config
-from clip_ray.tuning.journal import Exploit, Journal, Report, Sweep, Trial
+from clip_ray.tuning.journal import Exploit, Journal, Report, Trial
 from clip_ray.tuning.results import gpu_hours
 from clip_ray.tuning.space import Scalar
 from clip_ray.tuning.trial import FAILED, name_of
@@ -108,12 +108,10 @@ class Book:
         sweep = self.journal.sweep()
         self.journal.write_sweep(sweep.model_copy(update={"hours": self.hours}))
 
-    def choose(self, run: str, test_metrics: dict[str, dict[str, float]]) -> Sweep:
+    def choose(self, run: str, test_metrics: dict[str, dict[str, float]]) -> None:
         """Writes down which run was evaluated on the test split, and how well it did."""
         update = {"chosen": run, "test_metrics": test_metrics, "hours": self.hours}
-        sweep = self.journal.sweep().model_copy(update=update)
-        self.journal.write_sweep(sweep)
-        return sweep
+        self.journal.write_sweep(self.journal.sweep().model_copy(update=update))
 
     def _add_report(self, trial: Trial, result: dict[str, Any]) -> None:
         figures = dict(result["figures"])

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from fault_site import fault_site
-from free_ports import free_ports
 from namespace_cluster import NamespaceCluster, Redis, why_not
 from sample_log import samples
+
+from clip_ray.cluster.processes import free_ports
 
 pytestmark = [
     pytest.mark.cluster,
