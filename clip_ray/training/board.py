@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray.training.context import Asked
@@ -39,6 +40,7 @@ class Board:
         self._notes: list[Note] = []
         self._asked = Asked.NOTHING
         self._waits_since_s: float | None = None
+        self._controller: ActorHandle[Any] | None = None
 
     def put(self, note: Note) -> None:
         """Pins a note."""
@@ -68,6 +70,14 @@ class Board:
     def asked(self) -> int:
         """What is wanted of the run."""
         return int(self._asked)
+
+    def is_led_by(self, controller: ActorHandle[Any]) -> None:
+        """Pins the handle of Ray Train's controller."""
+        self._controller = controller
+
+    def controller(self) -> ActorHandle[Any] | None:
+        """Ray Train's controller, as soon as it runs."""
+        return self._controller
 
     def waits(self, waits: bool) -> None:
         """Pins whether the run waits for its workers to start."""

@@ -1,9 +1,10 @@
-"""What Ray Train's controller tells the driver's board: who failed, and for how long it waits."""
+"""What the controller tells the driver's board: who it is, who failed, how long it waits."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 
 # Custom callbacks over Ray Train's own are what it has for the controller's state.
@@ -28,11 +29,15 @@ class TellsFailures(UserCallback):
             self._board.put.remote(f"train: rank {rank} failed: {root_cause(error)}")
 
 
-class TellsWaits(ControllerCallback):
-    """Says from when to when there are no workers because their nodes are not there."""
+class TellsState(ControllerCallback):
+    """Says which the controller is, and from when to when its workers' nodes are not there."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called in the controller."""
+        self._board.is_led_by.remote(ray.get_runtime_context().current_actor)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Called in the controller."""

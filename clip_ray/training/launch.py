@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
 from clip_ray.training.board import Heard, board_of
-from clip_ray.training.callbacks import TellsFailures, TellsWaits, root_cause
+from clip_ray.training.callbacks import TellsFailures, TellsState, root_cause
 from clip_ray.training.checkpoint import Checkpoints, check_identity, other_versions
 from clip_ray.training.context import Asked
 from clip_ray.training.ledger import lease
@@ -39,6 +40,7 @@ WORKER_ENV = {
 RESIZE_INTERVAL_S = 60.0
 POLL_S = 0.5
 SAY_WAIT_S = 20.0
+END_TIMEOUT_S = 30.0
 Say = Callable[[str], None]
 
 
@@ -115,7 +117,7 @@ def _fit(config: Config, owner: str, board: Any, say: Say) -> None:
 def _trainer(config: Config, owner: str, board: Any) -> TorchTrainer:
     cluster = config.cluster
     # Any: it is declared for user callbacks alone, and takes its own kinds too.
-    callbacks: Any = [TellsFailures(board), TellsWaits(board), PreparesWorker()]
+    callbacks: Any = [TellsFailures(board), TellsState(board), PreparesWorker()]
     # Ray Train reads it where the trainer is made; a collective may wait twice as long, so that the
     # silent worker is found before those that wait for it give up.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(cluster.hang_timeout_s)
@@ -167,7 +169,7 @@ def _run(trainer: TorchTrainer, config: Config, board: Any, say: Say) -> None:
         finally:
             ended.set()
 
-    threading.Thread(target=fit, daemon=True).start()
+    threading.Thread(target=fit, name="train", daemon=True).start()
     try:
         _await(ended, config.cluster, board, say)
     except KeyboardInterrupt:
@@ -175,8 +177,22 @@ def _run(trainer: TorchTrainer, config: Config, board: Any, say: Say) -> None:
         board.ask.remote(int(Asked.STOP))
         _await(ended, config.cluster, board, say)
         raise
+    finally:
+        _end_controller(ended, board)
     if raised:
         raise raised[0]
+
+
+def _end_controller(ended: threading.Event, board: Any) -> None:
+    """Kills the controller of a run that is given up, so that nothing waits for it any more.
+
+    Ray, ended while a thread still waits in it, may end the whole process.
+    """
+    deadline_s = time.monotonic() + END_TIMEOUT_S
+    while not ended.wait(timeout=POLL_S) and time.monotonic() < deadline_s:
+        controller: Any = ray.get(board.controller.remote())
+        if controller is not None:
+            ray.kill(controller)
 
 
 def _await(ended: threading.Event, cluster: ClusterConfig, board: Any, say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def test_a_run_whose_nodes_do_not_come_says_so_and_ends(
         waits = "waits for 2 workers, each with 64 CPUs and 0 GPUs: the cluster has 12 and 0"
         with pytest.raises(RunError, match=f"{waits}; none came within cluster.start_timeout_s"):
             launch.train(config, said.append)
+        assert "train" not in [thread.name for thread in threading.enumerate()]
     assert f"train: {waits}" in said
 
 
