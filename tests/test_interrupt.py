@@ -32,7 +32,7 @@ def test_sigint_leaves_no_process_and_a_resumable_run(small_config: Config, tmp_
     path.write_text(dump_config(small_config))
     with session(small_config, print):
         prepare_data(small_config, print)
-    command = [sys.executable, "-m", "clip_ray", "train", str(path), "train.epochs=20"]
+    command = [sys.executable, "-m", "clip_ray", "train", str(path), "train.epochs=12"]
     mark = uuid.uuid4().hex
     driver = subprocess.Popen(
         command, env=os.environ | {MARK: mark}, stderr=subprocess.PIPE, text=True
@@ -46,12 +46,12 @@ def test_sigint_leaves_no_process_and_a_resumable_run(small_config: Config, tmp_
     assert "Traceback" not in said
     assert processes_with(mark, timeout_s=20) == []
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    resumed = re.search(r"resumes at step (\d+) of 80", again.stderr)
+    resumed = re.search(r"resumes at step (\d+) of 48", again.stderr)
     assert resumed is not None
     assert int(resumed[1]) >= 4
     newest = checkpoints.newest()
     assert newest is not None
-    assert newest.step == 80
+    assert newest.step == 48
 
 
 @pytest.mark.cluster
@@ -61,7 +61,7 @@ def test_sigint_ends_a_sweep_that_the_same_command_goes_on_with(
     small_config: Config, tmp_path: Path
 ) -> None:
     config = override(small_config, [
-        "train.epochs=8", "cluster.num_workers=1", "tune.max_trials=2", "tune.concurrent=1",
+        "train.epochs=4", "cluster.num_workers=1", "tune.max_trials=2", "tune.concurrent=1",
         "tune.search=random", "tune.scheduler=none",
     ])  # fmt: skip
     path, space = tmp_path / "config.yaml", tmp_path / "space.yaml"
@@ -82,7 +82,7 @@ def test_sigint_ends_a_sweep_that_the_same_command_goes_on_with(
     assert processes_with(mark, timeout_s=20) == []
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "tune: 2 trials to run, 0 have ended" in again.stderr
-    assert [(t.state, t.epochs) for t in journal.trials()] == [("finished", 8)] * 2
+    assert [(t.state, t.epochs) for t in journal.trials()] == [("finished", 4)] * 2
 
 
 def await_report(journal: Journal, driver: subprocess.Popen[str], timeout_s: float) -> None:

@@ -84,12 +84,12 @@ def plain_run(config: Config, cut_at: int = -1, stop_at: int = -1) -> Ended | No
     config = config.at_world_size(world_size())
     ledger, said = Ledger(Storage(config.run_root)), []
     owner = broadcast_object(ledger.take(said.append) if rank() == 0 else None)
-    manifest = read_manifest(Storage(config.data_root))
-    tokenizer = broadcast_object(
-        begin(config, manifest, owner, said.append) if rank() == 0 else None
-    )
-    context = PlainContext(config, tokenizer, owner, cut_at, stop_at)
     try:
+        manifest = read_manifest(Storage(config.data_root))
+        tokenizer = broadcast_object(
+            begin(config, manifest, owner, said.append) if rank() == 0 else None
+        )
+        context = PlainContext(config, tokenizer, owner, cut_at, stop_at)
         trainer = Trainer(config, tokenizer, context)
         trainer.train()
         return Ended(trainer, context, said)
