@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +16,13 @@ from ray.tune.schedulers import TrialScheduler
 
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config
+from clip_ray.data.shards import read_manifest
 from clip_ray.data.stream import READER_CPUS
 from clip_ray.errors import RunError
 from clip_ray.evaluation.evaluate import evaluate
-from clip_ray.storage import arrow_filesystem
+from clip_ray.storage import Storage, arrow_filesystem
 from clip_ray.training.ledger import Ledger, lease
+from clip_ray.training.run import make_order
 from clip_ray.tuning.book import Book
 from clip_ray.tuning.journal import Journal, Sweep, Trial, ranked
 from clip_ray.tuning.points import Points
@@ -87,6 +90,7 @@ def _tune(
     say(f"tune: {left} trials to run, {len(ended)} have ended; {concurrent} at a time")
     if left == 0:
         return
+    _say_early_ends(config, say)
     os.environ.update(ENVIRONMENT)
     pbt = config.tune.scheduler == "pbt"  # which wants no searcher, but its whole population
     task = ray.tune.grid_search([task_of(t)["trial"] for t in points.trials()]) if pbt else None
@@ -116,6 +120,19 @@ def _tune(
     )
     with screen(book, config):
         tuner.fit()
+
+
+def _say_early_ends(config: Config, say: Say) -> None:
+    """Says where trials are judged in their warm-up, when they have little to show."""
+    tune, warmup_steps = config.tune, config.optim.warmup_steps
+    steps_per_epoch = make_order(config, read_manifest(Storage(config.data_root))).steps_per_epoch
+    grace_steps = tune.grace_epochs * steps_per_epoch
+    if tune.scheduler in ("asha", "median") and 0 < grace_steps < warmup_steps:
+        say(
+            f"tune: tune.grace_epochs is {tune.grace_epochs}: trials may be stopped after "
+            f"{grace_steps} steps, in their warm-up (optim.warmup_steps is {warmup_steps}); take "
+            f"{math.ceil(warmup_steps / steps_per_epoch)} or more"
+        )
 
 
 def _name(trial: Any) -> str:

@@ -32,8 +32,10 @@ from clip_ray.tuning.journal import Sweep, Trial, journal_of, ranked
 CONFIG = str(shipped("jobs/configs/shapes.yaml"))
 SPACE = Path(__file__).parent.parent.parent / "tune_spaces" / "temperature_lr.yaml"
 NODES, IDLE_S = 3, 15
-# A trial fits a node of the local cluster, which has two CPUs.
-FITTED = ["cluster.num_workers=1", "cluster.readers_per_worker=1"]
+# A trial fits a node of the local cluster, which has two CPUs; so short a run warms up in an epoch.
+FITTED = ["cluster.num_workers=1", "cluster.readers_per_worker=1", "optim.warmup_steps=15"]
+# Before it there is little to be seen of a trial.
+GRACE = ["tune.grace_epochs=2", "tune.reduction_factor=3"]
 FIRST_NEW_SEED = 1000
 COMMAND_TIMEOUT_S = 5400
 RECALL = "image_retrieval_recall@1"
@@ -87,7 +89,7 @@ def bench(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         began_s = time.monotonic()
         options = [*FITTED, f"train.epochs={arguments.epochs}"]
         space = f"--space={SPACE}"
-        tuned = [f"tune.concurrent={NODES}", f"tune.max_trials={arguments.trials}"]
+        tuned = [f"tune.concurrent={NODES}", f"tune.max_trials={arguments.trials}", *GRACE]
         clip_ray("tune", CONFIG, *options, *tuned, "name=sweep", space)
         swept_s = time.monotonic() - began_s
         at_end = nodes.await_none(IDLE_S + 120)

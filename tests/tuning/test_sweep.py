@@ -26,7 +26,7 @@ loss.temperature: {uniform: [0.05, 0.1]}
 @pytest.mark.timeout(600)
 def test_sweep_ranks_its_trials_and_leaves_nothing(small_config: Config) -> None:
     said: list[str] = []
-    config = override(small_config, ["tune.max_trials=3"])
+    config = override(small_config, ["tune.max_trials=3", "optim.warmup_steps=5"])
     with session(config, said.append, dashboard=True):
         prepare_data(config, said.append)
         journal, trials = run_sweep(config, SPACE, said.append)
@@ -50,4 +50,8 @@ def test_sweep_ranks_its_trials_and_leaves_nothing(small_config: Config) -> None
     assert all(trial.start_s is not None and 0 < trial.start_s < 120 for trial in trials)
     secrets = [os.environ["AWS_SECRET_ACCESS_KEY"]]
     assert holders(secrets, Storage(config.storage.root)) == []
+    assert (
+        "tune: tune.grace_epochs is 1: trials may be stopped after 4 steps, in their warm-up "
+        "(optim.warmup_steps is 5); take 2 or more"
+    ) in said
     assert any(line.startswith("run ") and "image_retrieval_recall@1" in line for line in said)
