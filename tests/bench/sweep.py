@@ -9,6 +9,7 @@ and the default one are each trained again, with seeds that no trial had, and co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -133,10 +134,11 @@ class NodeCount:
 
     def _look(self) -> None:
         found = access(None)
-        while True:
-            self.now = sum(not node["is_head_node"] for node in found.nodes())
-            self.most = max(self.most, self.now)
-            time.sleep(1)
+        with contextlib.suppress(OSError):  # the cluster has ended
+            while True:
+                self.now = sum(not node["is_head_node"] for node in found.nodes())
+                self.most = max(self.most, self.now)
+                time.sleep(1)
 
     def await_none(self, timeout_s: float) -> int:
         """Nodes that are left after so long at most."""
