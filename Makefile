@@ -29,15 +29,18 @@ lint: install ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-# In processes of their own: Ray, started often in one process, may end it.
+# Two files of tests at a time: most of their time they wait, for Ray or for a time-out. In processes
+# of their own: Ray, started often in one process, may end it.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: lint ## Check style and types, then run all tests, and the contract of exactness whole
 	@command -v redis-server >/dev/null || $(call apt,redis-server) \
 	  || echo "redis-server is not there and cannot be installed: its test is skipped" >&2
 	@command -v chromium >/dev/null || $(call apt,chromium) \
 	  || echo "chromium is not there and cannot be installed: no page is opened in it" >&2
-	@$(BIN)/python -m pytest tests $(addprefix --ignore=tests/,training tuning) $(NOT_S3)
-	@$(BIN)/python -m pytest tests/training $(NOT_S3)
-	@$(BIN)/python -m pytest tests/tuning $(NOT_S3)
+	@$(PYTEST) tests $(addprefix --ignore=tests/,training tuning) $(NOT_S3)
+	@$(PYTEST) tests/training $(NOT_S3)
+	@$(PYTEST) tests/tuning $(NOT_S3)
 	@$(MAKE) --no-print-directory test-s3
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 
@@ -53,7 +56,7 @@ test-s3: install ## Run what depends on the S3 server against Ceph, if it is the
 	@command -v radosgw >/dev/null || $(call apt,$(CEPH)) \
 	  || echo "Ceph is not there and cannot be installed: the embedded server is taken" >&2
 	@CLIP_RAY_TEST_S3=$$(command -v radosgw >/dev/null && echo ceph) \
-	  $(BIN)/python -m pytest $(S3_TESTS)
+	  $(PYTEST) $(S3_TESTS)
 
 golden: install ## Write the expected config and help texts anew, to be read in the diff
 	@CLIP_RAY_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py

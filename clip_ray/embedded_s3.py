@@ -8,7 +8,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from clip_ray.config import StorageConfig
 from clip_ray.errors import RunError
+from clip_ray.ports import free_ports
 from clip_ray.storage import Storage
 
 START_TIMEOUT_S = 60
@@ -90,7 +90,7 @@ def embedded_s3(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
-    ports = _free_ports()
+    ports = dict(zip(_LISTENERS, free_ports(len(_LISTENERS)), strict=True))
     data = folder / "data"
     data.mkdir(exist_ok=True)
     command = [
@@ -111,17 +111,6 @@ def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
         )
     return server, ports["s3.port"]
-
-
-def _free_ports() -> dict[str, int]:
-    """A free port for each listener of the server, all different."""
-    with contextlib.ExitStack() as stack:
-        ports = {}
-        for flag in _LISTENERS:
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            ports[flag] = listener.getsockname()[1]
-    return ports
 
 
 def _weed() -> str:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_ray.cluster.processes import free_ports
+from clip_ray.ports import free_ports
 
 START_TIMEOUT_S = 90
 COMMAND_TIMEOUT_S = 60

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from clip_ray.cluster.processes import free_ports
+from clip_ray.ports import free_ports
 
 RAY = Path(sys.executable).parent / "ray"
 START_TIMEOUT_S = 90

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from clip_ray.cluster.processes import free_ports
+from clip_ray.ports import free_ports
 
 REPOSITORY = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"

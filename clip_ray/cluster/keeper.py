@@ -22,10 +22,11 @@ from typing import Any
 import yaml
 
 from clip_ray.cluster.nodes import RAY, head_tags
-from clip_ray.cluster.processes import HEAD, end_nodes, free_ports, remember
+from clip_ray.cluster.processes import HEAD, end_nodes, remember
 from clip_ray.config import StorageConfig
 from clip_ray.embedded_s3 import embedded_folder, storage_session
 from clip_ray.errors import RunError
+from clip_ray.ports import free_ports
 
 START_TIMEOUT_S = 120
 # Fields that Ray's schema wants of every cluster; nodes of this machine need none of them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,6 @@ import psutil
 
 GRACE_S = 15.0
 HEAD = "head"
-
-
-def free_ports(count: int) -> list[int]:
-    """So many ports on loopback, all different, that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def remember(file: Path, pid: int, **facts: Any) -> None:

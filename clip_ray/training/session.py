@@ -14,6 +14,8 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.util
+from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
@@ -23,12 +25,15 @@ from ray.data._internal.stats import get_or_create_stats_actor
 from clip_ray.config import ClusterConfig, Config
 from clip_ray.data.stream import READER_CPUS
 from clip_ray.errors import RunError
+from clip_ray.ports import free_ports
 
 # What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
 FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
 )  # fmt: skip
+# Of Ray: the port of the local Ray that is started next.
+GCS_PORT = "RAY_GCS_SERVER_PORT"
 
 
 @contextlib.contextmanager
@@ -46,6 +51,10 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    # Ray Train's own actors would look for the cluster they are in, and take another one for it.
+    env_vars["RAY_ADDRESS"] = (
+        canonicalize_bootstrap_address_or_die(address) if address else _local_gcs()
+    )
     if address is None:
         # Readers get CPUs of their own beside the workers', or a small machine would never start;
         # twice, since a link of the stream begins before the last one ends.
@@ -62,6 +71,7 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     with _sigterm_kept():
         ray.init(address or "local", logging_level=logging.WARNING, **arguments)
+    os.environ.pop(GCS_PORT, None)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
@@ -72,6 +82,13 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _local_gcs() -> str:
+    """The address that the local Ray is going to have."""
+    (port,) = free_ports(1)
+    os.environ[GCS_PORT] = str(port)
+    return f"{ray.util.get_node_ip_address()}:{port}"
 
 
 @contextlib.contextmanager

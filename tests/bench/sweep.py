@@ -33,8 +33,12 @@ from clip_ray.tuning.journal import Sweep, Trial, journal_of, ranked
 CONFIG = str(shipped("jobs/configs/shapes.yaml"))
 SPACE = Path(__file__).parent.parent.parent / "tune_spaces" / "temperature_lr.yaml"
 NODES, IDLE_S = 3, 15
-# A trial fits a node of the local cluster, which has two CPUs; so short a run warms up in an epoch.
-FITTED = ["cluster.num_workers=1", "cluster.readers_per_worker=1", "optim.warmup_steps=15"]
+# A trial fits a node of the local cluster, which has two CPUs. Small batches: so short a run has
+# steps enough to tell configs apart, and warms up in an epoch.
+FITTED = [
+    "cluster.num_workers=1", "cluster.readers_per_worker=1",
+    "train.global_batch=32", "optim.warmup_steps=62",
+]  # fmt: skip
 # Before it there is little to be seen of a trial.
 GRACE = ["tune.grace_epochs=2", "tune.reduction_factor=3"]
 FIRST_NEW_SEED = 1000

@@ -15,8 +15,8 @@ import pytest
 from picky_s3 import no_checksums, no_conditions, no_multipart, picky_s3, read_only
 from small_cluster import SmallCluster, small_cluster
 
-from clip_ray.cluster.processes import free_ports
 from clip_ray.config_file import shipped
+from clip_ray.ports import free_ports
 from clip_ray.storage import Storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(600)]

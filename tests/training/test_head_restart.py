@@ -14,7 +14,7 @@ from fault_site import fault_site
 from namespace_cluster import NamespaceCluster, Redis, why_not
 from sample_log import samples
 
-from clip_ray.cluster.processes import free_ports
+from clip_ray.ports import free_ports
 
 pytestmark = [
     pytest.mark.cluster,

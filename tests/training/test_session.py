@@ -1,0 +1,38 @@
+"""A session on a machine that has another Ray too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+from conftest import SHAPES_YAML
+from ray.cluster_utils import Cluster
+
+from clip_ray.config_file import load_config
+from clip_ray.training.session import ray_session
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+def another_ray() -> Iterator[Cluster]:
+    """It is the one that Ray's files on this machine name."""
+    arguments = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    yield cluster
+    cluster.shutdown()
+
+
+@ray.remote(num_cpus=0)
+def nodes_found() -> list[str]:
+    """By Ray's state API, with which Ray Train watches its controller."""
+    from ray.util.state import list_nodes
+
+    return [str(node.node_id) for node in list_nodes()]
+
+
+def test_what_runs_in_a_session_finds_its_own_cluster(another_ray: Cluster) -> None:
+    config = load_config(SHAPES_YAML, ["storage.root=s3://not-used"])
+    with ray_session(config, dashboard=True):
+        assert ray.get(nodes_found.remote()) == [node["NodeID"] for node in ray.nodes()]
