@@ -29,7 +29,7 @@ def nodes_found() -> list[str]:
     """By Ray's state API, with which Ray Train watches its controller."""
     from ray.util.state import list_nodes
 
-    return [str(node.node_id) for node in list_nodes()]
+    return [str(vars(node)["node_id"]) for node in list_nodes()]
 
 
 def test_what_runs_in_a_session_finds_its_own_cluster(another_ray: Cluster) -> None:
