@@ -29,18 +29,15 @@ lint: install ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-# Two files of tests at a time: most of their time they wait, for Ray or for a time-out. In processes
-# of their own: Ray, started often in one process, may end it.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files of tests at a time, in their order: mostly they wait, for Ray or for a time-out.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint ## Check style and types, then run all tests, and the contract of exactness whole
 	@command -v redis-server >/dev/null || $(call apt,redis-server) \
 	  || echo "redis-server is not there and cannot be installed: its test is skipped" >&2
 	@command -v chromium >/dev/null || $(call apt,chromium) \
 	  || echo "chromium is not there and cannot be installed: no page is opened in it" >&2
-	@$(PYTEST) tests $(addprefix --ignore=tests/,training tuning) $(NOT_S3)
-	@$(PYTEST) tests/training $(NOT_S3)
-	@$(PYTEST) tests/tuning $(NOT_S3)
+	@$(PYTEST) tests $(NOT_S3)
 	@$(MAKE) --no-print-directory test-s3
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 
