@@ -29,15 +29,13 @@ lint: install ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-# Two files of tests at a time, in their order: mostly they wait, for Ray or for a time-out.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
+# Two files of tests at a time, in their order: they often wait, for Ray or for a time-out.
 test: lint ## Check style and types, then run all tests, and the contract of exactness whole
 	@command -v redis-server >/dev/null || $(call apt,redis-server) \
 	  || echo "redis-server is not there and cannot be installed: its test is skipped" >&2
 	@command -v chromium >/dev/null || $(call apt,chromium) \
 	  || echo "chromium is not there and cannot be installed: no page is opened in it" >&2
-	@$(PYTEST) tests $(NOT_S3)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(NOT_S3)
 	@$(MAKE) --no-print-directory test-s3
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 
@@ -53,7 +51,7 @@ test-s3: install ## Run what depends on the S3 server against Ceph, if it is the
 	@command -v radosgw >/dev/null || $(call apt,$(CEPH)) \
 	  || echo "Ceph is not there and cannot be installed: the embedded server is taken" >&2
 	@CLIP_RAY_TEST_S3=$$(command -v radosgw >/dev/null && echo ceph) \
-	  $(PYTEST) $(S3_TESTS)
+	  $(BIN)/python -m pytest $(S3_TESTS)
 
 golden: install ## Write the expected config and help texts anew, to be read in the diff
 	@CLIP_RAY_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
