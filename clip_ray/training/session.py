@@ -32,6 +32,9 @@ FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
 )  # fmt: skip
+# A stream asks that the nodes be kept, every few seconds; what a worker that was killed has asked
+# for is to be forgotten sooner than after Ray Data's three minutes, or idle nodes stay so long.
+REQUESTS_OF_STREAMS = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "60"}
 # Of Ray: the port of the local Ray that is started next.
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 
@@ -49,6 +52,7 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     if config.cluster.gpus_per_worker == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    env_vars |= REQUESTS_OF_STREAMS
     arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     # Ray Train's own actors would look for the cluster they are in, and take another one for it.

@@ -98,11 +98,13 @@ def bench(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         clip_ray("tune", CONFIG, *options, *tuned, "name=sweep", space)
         swept_s = time.monotonic() - began_s
         at_end = nodes.await_none(IDLE_S + 120)
+        emptied_s = time.monotonic() - began_s - swept_s
         left = leaked(found)
         sweep, trials = read_sweep()
         page = f"--report={arguments.report}"
         clip_ray("tune-report", "sweep", CONFIG, page, "--apply=best.yaml")
         swept = figures(sweep, trials, arguments) | {"leaked": left, "nodes_at_end": at_end}
+        swept["emptied_s"] = round(emptied_s)
         print(swept, file=sys.stderr, flush=True)  # the rest takes as long again
         best = retrained("best", "best.yaml", [], arguments.seeds)
         default = retrained("default", CONFIG, options, arguments.seeds)
