@@ -178,7 +178,8 @@ def retrained(name: str, path: str, options: list[str], seeds: int) -> list[floa
     for seed in range(FIRST_NEW_SEED, FIRST_NEW_SEED + seeds):
         overrides = [*options, f"name={name}-{seed}", f"seed={seed}"]
         clip_ray("train", path, *overrides)
-        results = json.loads(clip_ray("evaluate", path, *overrides).splitlines()[-1])
+        printed = clip_ray("evaluate", path, *overrides).splitlines()
+        results = json.loads([line for line in printed if line.startswith("{")][-1])
         recalls.append(round(results["zeroshot_retrieval"][RECALL], 4))
     return recalls
 
