@@ -103,8 +103,8 @@ def bench(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         sweep, trials = read_sweep()
         page = f"--report={arguments.report}"
         clip_ray("tune-report", "sweep", CONFIG, page, "--apply=best.yaml")
-        swept = figures(sweep, trials, arguments) | {"leaked": left, "nodes_at_end": at_end}
-        swept["emptied_s"] = round(emptied_s)
+        swept = figures(sweep, trials, arguments)
+        swept |= {"leaked": left, "nodes_at_end": at_end, "emptied_s": round(emptied_s)}
         print(swept, file=sys.stderr, flush=True)  # the rest takes as long again
         best = retrained("best", "best.yaml", [], arguments.seeds)
         default = retrained("default", CONFIG, options, arguments.seeds)
