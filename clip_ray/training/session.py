@@ -51,14 +51,9 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
         return
     if config.cluster.gpus_per_worker == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    env_vars |= REQUESTS_OF_STREAMS
-    arguments: dict[str, Any] = {"runtime_env": {"env_vars": env_vars}, "log_to_driver": False}
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    # Ray Train's own actors would look for the cluster they are in, and take another one for it.
-    env_vars["RAY_ADDRESS"] = (
-        canonicalize_bootstrap_address_or_die(address) if address else _local_gcs()
-    )
+    runtime_env = {"env_vars": _environment(address)}
+    arguments: dict[str, Any] = {"runtime_env": runtime_env, "log_to_driver": False}
     if address is None:
         # Readers get CPUs of their own beside the workers', or a small machine would never start;
         # twice, since a link of the stream begins before the last one ends.
@@ -73,9 +68,11 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What a submitted job's runtime_env says already may be said again here.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    with _sigterm_kept():
-        ray.init(address or "local", logging_level=logging.WARNING, **arguments)
-    os.environ.pop(GCS_PORT, None)
+    try:
+        with _sigterm_kept():
+            ray.init(address or "local", logging_level=logging.WARNING, **arguments)
+    finally:
+        os.environ.pop(GCS_PORT, None)
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
@@ -86,6 +83,14 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _environment(address: str | None) -> dict[str, str]:
+    """What all processes of the job have in theirs."""
+    # Ray Train's own actors would look for the cluster they are in, and take another one for it.
+    cluster = canonicalize_bootstrap_address_or_die(address) if address else _local_gcs()
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    return forwarded | REQUESTS_OF_STREAMS | {"RAY_ADDRESS": cluster}
 
 
 def _local_gcs() -> str:
