@@ -20,9 +20,8 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
+from clip_ray.model.folder import CONFIG, FILES, TOKENIZER, WEIGHTS, read_file
 from clip_ray.storage import Storage
-
-WEIGHTS, CONFIG, TOKENIZER = FILES = ("model.safetensors", "config.json", "tokenizer.json")
 
 
 class PretrainedCLIP:
@@ -85,16 +84,6 @@ def pack_weights(
         TOKENIZER: tokenizer.json_text.encode(),
         WEIGHTS: save(contiguous, metadata=header),
     }
-
-
-def read_file(path: str | Path, name: str) -> bytes:
-    """One file of a weights folder, local or at an s3:// address. Raises RunError."""
-    if str(path).startswith("s3://"):
-        return Storage(str(path)).read_bytes(name)
-    try:
-        return (Path(path) / name).read_bytes()
-    except OSError as error:
-        raise RunError(f"{path}: holds no weights: {error}") from None
 
 
 def load_weights(model: CLIP, path: str | Path) -> None:

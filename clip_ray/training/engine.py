@@ -62,6 +62,8 @@ class Engine:
             betas=config.optim.betas,
             eps=config.optim.eps,
         )
+        # Else DeepSpeed compiles, for half a minute, an all-reduce that only inference has.
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
         # Any: DeepSpeed's classes do not declare what its engines have.
         initialised: Any = deepspeed.initialize(
             model=model,
