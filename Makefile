@@ -29,13 +29,16 @@ lint: install ## Check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-# Two files of tests at a time, in their order: they often wait, for Ray or for a time-out.
+# Two files of tests at a time, in their order: they often wait, for Ray or for a time-out. What times
+# its faults has the machine for itself.
 test: lint ## Check style and types, then run all tests, and the contract of exactness whole
 	@command -v redis-server >/dev/null || $(call apt,redis-server) \
 	  || echo "redis-server is not there and cannot be installed: its test is skipped" >&2
 	@command -v chromium >/dev/null || $(call apt,chromium) \
 	  || echo "chromium is not there and cannot be installed: no page is opened in it" >&2
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(NOT_S3)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  -m "not alone and not exactness" $(NOT_S3)
+	@$(BIN)/python -m pytest -m alone $(NOT_S3)
 	@$(MAKE) --no-print-directory test-s3
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 

@@ -12,7 +12,12 @@ from fault_site import NODE, fault_site
 from faults import FAULTS, drain
 from sample_log import samples
 
-pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(1200)]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.cluster,
+    pytest.mark.s3,
+    pytest.mark.timeout(1200),
+]
 OPTIONS = ["train.epochs=100000", "checkpoint.every_steps=5", "cluster.hang_timeout_s=8"]
 # What the driver must have said of each; the soak (tests/bench/soak.py) compares all of them.
 SAID = {

@@ -17,6 +17,7 @@ from sample_log import samples
 from clip_ray.ports import free_ports
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.cluster,
     pytest.mark.s3,
     pytest.mark.timeout(600),

@@ -8,7 +8,7 @@ import pytest
 from fault_site import fault_site
 from namespace_cluster import NamespaceCluster, why_not
 
-pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(600)]
 OPTIONS = [
     "train.epochs=100000", "checkpoint.every_steps=5", "cluster.hang_timeout_s=10",
     "cluster.min_workers=1",

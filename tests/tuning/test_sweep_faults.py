@@ -39,6 +39,7 @@ def with_dashboard() -> Cluster:
     return Cluster(initialize_head=True, head_node_args=head)
 
 
+@pytest.mark.alone
 @pytest.mark.cluster
 @pytest.mark.s3
 @pytest.mark.timeout(600)
