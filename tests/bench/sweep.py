@@ -1,6 +1,6 @@
 """A sweep on a cluster that grows from no node to three and back: what it finds, saves and leaves.
 
-    python tests/bench/sweep.py [--trials 12] [--epochs 8] [--seeds 3] [--images 2000] [--json]
+    python tests/bench/sweep.py [--trials 12] [--epochs 12] [--seeds 3] [--images 2000] [--json]
 
 ASHA and Optuna on the embedded data set, over temperature and learning rate. Then the best config
 and the default one are each trained again, with seeds that no trial had, and compared on test.
@@ -40,7 +40,7 @@ FITTED = [
     "train.global_batch=32", "optim.warmup_steps=62",
 ]  # fmt: skip
 # Before it there is little to be seen of a trial.
-GRACE = ["tune.grace_epochs=2", "tune.reduction_factor=3"]
+GRACE = ["tune.grace_epochs=2", "tune.reduction_factor=4"]
 FIRST_NEW_SEED = 1000
 COMMAND_TIMEOUT_S = 5400
 RECALL = "image_retrieval_recall@1"
@@ -63,7 +63,7 @@ print(json.dumps(left))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=2000, help="of the train split")
     parser.add_argument("--report", type=Path, default=Path("sweep.html"), help="the page on it")
