@@ -11,6 +11,8 @@ import psutil
 
 WARM_SHARE = 0.2  # of the first epoch, which the steady state leaves out
 AROUND = 3  # batches on each side of an epoch's end in which the longest wait is sought
+# A look at all of Ray's processes takes a core for 0.2 s.
+LOOK_EVERY_S = 10
 
 
 def measure(batches: Callable[[], Iterator[int]], images: int, epochs: int) -> dict[str, float]:
@@ -58,7 +60,7 @@ class PeakMemory:
         return self._peak
 
     def _watch(self) -> None:
-        while not self._ended.wait(2):
+        while not self._ended.wait(LOOK_EVERY_S):
             sums = dict.fromkeys(self._peak, 0.0)
             me = psutil.Process()
             for process in [me, *me.children(recursive=True)]:
