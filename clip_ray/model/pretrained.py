@@ -20,7 +20,7 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
-from clip_ray.model.folder import CONFIG, FILES, TOKENIZER, WEIGHTS, read_file
+from clip_ray.model.weights_folder import CONFIG, FILES, TOKENIZER, WEIGHTS, read_file
 from clip_ray.storage import Storage
 
 

@@ -13,7 +13,7 @@ from clip_ray.config import Config
 from clip_ray.data.shards import Manifest, read_column
 from clip_ray.data.tokenizer import CaptionTokenizer, make_tokenizer
 from clip_ray.errors import RunError
-from clip_ray.model.folder import TOKENIZER, read_file
+from clip_ray.model.weights_folder import TOKENIZER, read_file
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import (
     CheckpointManifest,
