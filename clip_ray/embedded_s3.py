@@ -22,6 +22,7 @@ from clip_ray.ports import free_ports
 from clip_ray.storage import Storage
 
 START_TIMEOUT_S = 60
+START_ATTEMPTS = 3
 STOP_TIMEOUT_S = 10
 _LISTENERS = [
     f"{server}.port{kind}"
@@ -79,14 +80,29 @@ def embedded_s3(folder: Path) -> Iterator[dict[str, str]]:
     if running:
         yield environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{running}"}
         return
-    server, port = _start(folder, environment)
+    server, port = _started(folder, environment)
     try:
-        _await_ready(server, port, folder / "server.log")
         port_file.write_text(str(port))
         yield environment | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
     finally:
         port_file.unlink(missing_ok=True)
         _stop(server)
+
+
+def _started(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    """A server that answers, and its port. Raises RunError."""
+    for _ in range(START_ATTEMPTS):
+        server, port = _start(folder, environment)
+        with contextlib.ExitStack() as otherwise:
+            otherwise.callback(_stop, server)
+            if _answers_in_time(server, port):
+                otherwise.pop_all()
+                return server, port
+            if server.poll() is None:
+                break
+        # It ended: another program may have taken one of its ports since they were chosen.
+    tail = "\n".join((folder / "server.log").read_text(errors="replace").splitlines()[-5:])
+    raise RunError(f"the embedded S3 server did not start within {START_TIMEOUT_S} s: {tail}")
 
 
 def _start(folder: Path, environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
@@ -129,16 +145,13 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _await_ready(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _answers_in_time(server: subprocess.Popen[bytes], port: int) -> bool:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            break
+    while time.monotonic() < deadline and server.poll() is None:
         if _answers(port):
-            return
+            return True
         time.sleep(0.1)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-    raise RunError(f"the embedded S3 server did not start within {START_TIMEOUT_S} s: {tail}")
+    return False
 
 
 def _answers(port: int) -> bool:

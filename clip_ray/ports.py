@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
+
+# Above those of Ray's workers, below those that systems give to outgoing connections: between the
+# choice and the start of a server, no process that only connects takes one away.
+_RANGE = range(20_000, 30_000)
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports on loopback, all different, that nobody listens on."""
+    """So many ports on loopback, all different, drawn from those that nobody listens on."""
+    ports = []
     with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
+        while len(ports) < count:
+            listener = stack.enter_context(socket.socket())
+            port = secrets.choice(_RANGE)
+            with contextlib.suppress(OSError):  # taken
+                listener.bind(("127.0.0.1", port))
+                ports.append(port)
+    return ports

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 
 import pytest
 
+from clip_ray import embedded_s3 as module
 from clip_ray.config import StorageConfig
-from clip_ray.embedded_s3 import storage_session
+from clip_ray.embedded_s3 import embedded_s3, storage_session
 from clip_ray.errors import RunError
+from clip_ray.ports import free_ports
 
 pytestmark = pytest.mark.s3
 
@@ -29,6 +32,24 @@ def test_data_is_still_there_when_the_server_starts_again(
     assert stat.S_IMODE((tmp_path / "s3" / "keys").stat().st_mode) == 0o600
     with storage_session(config) as storage:
         assert storage.read_bytes("a") == b"kept"
+    assert servers_over(tmp_path) == []
+
+
+def test_a_port_that_is_taken_since_it_was_chosen_is_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[int]] = []
+
+    def draw(count: int) -> list[int]:
+        ports = free_ports(count)
+        drawn.append(ports if drawn else [taken.getsockname()[1], *ports[1:]])
+        return drawn[-1]
+
+    monkeypatch.setattr(module, "free_ports", draw)
+    with socket.create_server(("127.0.0.1", 0)) as taken, embedded_s3(tmp_path) as environment:
+        port = int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
+        assert len(drawn) == 2
+        assert port in drawn[1]
     assert servers_over(tmp_path) == []
 
 
