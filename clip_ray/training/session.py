@@ -32,9 +32,14 @@ FORWARDED = (
     "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
 )  # fmt: skip
-# A stream asks that the nodes be kept, every few seconds; what a worker that was killed has asked
-# for is to be forgotten sooner than after Ray Data's three minutes, or idle nodes stay so long.
-REQUESTS_OF_STREAMS = {"RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "60"}
+# How long Ray waits, in its own processes.
+TIMEOUTS = {
+    # A stream asks that the nodes be kept, every few seconds; what a worker that was killed has
+    # asked for is to be forgotten sooner than after three minutes, or idle nodes stay so long.
+    "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "60",
+    # For workers to leave their process group, before they are killed: one that hangs never does.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
+}
 # Of Ray: the port of the local Ray that is started next.
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 
@@ -90,7 +95,7 @@ def _environment(address: str | None) -> dict[str, str]:
     # Ray Train's own actors would look for the cluster they are in, and take another one for it.
     cluster = canonicalize_bootstrap_address_or_die(address) if address else _local_gcs()
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    return forwarded | REQUESTS_OF_STREAMS | {"RAY_ADDRESS": cluster}
+    return forwarded | TIMEOUTS | {"RAY_ADDRESS": cluster}
 
 
 def _local_gcs() -> str:
