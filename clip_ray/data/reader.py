@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from clip_ray.data.shards import SCHEMA, Shard
 from clip_ray.errors import RunError
 from clip_ray.storage import Storage, arrow_filesystem
 
+# Of a row group: from a row in it to the row's value in a column.
+Columns = dict[str, Callable[[int], Any]]
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
 FETCHERS = 4
@@ -45,7 +47,7 @@ class ShardReader:
         self._folder, self._limit_bytes = folder, limit_bytes
         self._starts = [0, *itertools.accumulate(shard.rows for shard in shards)]
         self._files = threading.local()  # a ParquetFile is not for two threads
-        self._mapped: dict[tuple[int, int], pa.RecordBatch] = {}
+        self._mapped: dict[tuple[int, int], Columns] = {}
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -61,12 +63,9 @@ class ShardReader:
         """
         places = [self._place(index) for index in indices]
         groups = self._row_groups({(shard, group) for shard, group, _ in places})
-        arrays = {
-            place: [(name, group.column(name)) for name in columns]
-            for place, group in groups.items()
-        }
         for shard, group, row in places:
-            yield {name: _value(array[row]) for name, array in arrays[shard, group]}
+            there = groups[shard, group]
+            yield {name: there[name](row) for name in columns}
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Fetches the row groups of these rows in the background, if they are not there."""
@@ -75,7 +74,7 @@ class ShardReader:
             if not self._path(*place).exists():
                 self._fetchers.submit(self._fetch, *place)
 
-    def _row_groups(self, places: set[tuple[int, int]]) -> dict[tuple[int, int], pa.RecordBatch]:
+    def _row_groups(self, places: set[tuple[int, int]]) -> dict[tuple[int, int], Columns]:
         mapped = self._mapped  # another thread may put its own in its place
         found = {place: mapped[place] for place in places & mapped.keys()}
         here = [place for place in places - found.keys() if self._path(*place).exists()]
@@ -95,17 +94,18 @@ class ShardReader:
     def _path(self, shard: int, group: int) -> Path:
         return self._folder / f"{self._shards[shard].sha256[:32]}-{group:05d}.arrow"
 
-    def _map(self, place: tuple[int, int]) -> pa.RecordBatch:
+    def _map(self, place: tuple[int, int]) -> Columns:
         for _ in range(ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):  # another process made room for its own
-                return pa.ipc.open_file(pa.memory_map(str(self._path(*place)))).get_batch(0)
+                file = pa.ipc.open_file(pa.memory_map(str(self._path(*place))))
+                return _columns(file.get_batch(0))
             try:
                 self._fetch(*place)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
                 # The disk is full: slower, since the next reader fetches it again, but it goes on.
-                return self._download(*place).combine_chunks().to_batches()[0]
+                return _columns(self._download(*place).combine_chunks().to_batches()[0])
         raise RunError(
             f"{self._folder}: row groups go as soon as they come; data.cache_mib must be larger"
         )
@@ -168,10 +168,19 @@ class ShardReader:
                 excess_bytes -= size
 
 
-def _value(scalar: Any) -> Any:
-    if pa.types.is_binary(scalar.type):
-        return memoryview(scalar.as_buffer()).cast("B")
-    return scalar.as_py()
+def _columns(batch: pa.RecordBatch) -> Columns:
+    return {name: _values(batch.column(name)) for name in batch.schema.names}
+
+
+def _values(array: pa.Array) -> Callable[[int], Any]:
+    if not pa.types.is_binary(array.type):
+        return lambda row: array[row].as_py()
+    # Views, since a scalar of Arrow would hold a copy.
+    _, offsets, data = array.buffers()
+    assert offsets is not None and data is not None
+    ends = memoryview(offsets).cast("B").cast("i")[array.offset :]
+    content = memoryview(data).cast("B")
+    return lambda row: content[ends[row] : ends[row + 1]]
 
 
 def open_reader(config: DataConfig, storage: Storage, shards: Sequence[Shard]) -> ShardReader:
