@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import psutil
@@ -19,7 +19,8 @@ def measure(batches: Callable[[], Iterator[int]], images: int, epochs: int) -> d
     """Consumes batches of so many images each, as fast as they come.
 
     `steady` and `total` are images per second; `epoch_gap_s` is the longest wait around an epoch's
-    end less the median interval between batches; `start_s` is the life of this process before.
+    end less the median interval between batches, `mid_epoch_gap_s` the same around the middles of
+    epochs; `start_s` is the life of this process before.
     """
     start_s = time.time() - psutil.Process().create_time()
     peak = PeakMemory()
@@ -30,17 +31,19 @@ def measure(batches: Callable[[], Iterator[int]], images: int, epochs: int) -> d
         counts.append(count)
     done, waits_s = np.cumsum(counts), np.diff(times_s)
     warm = int(np.searchsorted(done, WARM_SHARE * images))
-    per_epoch = len(waits_s) // epochs
-    at_ends = [
-        max(waits_s[epoch * per_epoch - AROUND : epoch * per_epoch + AROUND + 1])
-        for epoch in range(1, epochs)
-    ]
+    per_epoch, median_s = len(waits_s) // epochs, float(np.median(waits_s[warm:]))
+
+    def gap_s(places: Iterable[int]) -> float:
+        longest = (max(waits_s[place - AROUND : place + AROUND + 1]) for place in places)
+        return float(max(longest, default=0.0)) - median_s
+
     return {
         "steady": float((done[-1] - done[warm]) / (times_s[-1] - times_s[warm])),
         "total": float(done[-1] / (times_s[-1] - started)),
         "start_s": start_s,
         "first_batch_s": float(waits_s[0]),
-        "epoch_gap_s": float(max(at_ends, default=0.0) - np.median(waits_s[warm:])),
+        "epoch_gap_s": gap_s(per_epoch * epoch for epoch in range(1, epochs)),
+        "mid_epoch_gap_s": gap_s(per_epoch * epoch + per_epoch // 2 for epoch in range(1, epochs)),
         **peak.stop(),
     }
 

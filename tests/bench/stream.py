@@ -48,6 +48,7 @@ def compare(repeats: int, options: list[str]) -> dict[str, Any]:
         "vs_hf_datasets_steady": ours["steady"] / median["hf_datasets"]["steady"],
         "vs_bare_steady": ours["steady"] / median["bare"]["steady"],
         "epoch_gap_s": ours["epoch_gap_s"],
+        "mid_epoch_gap_s": ours["mid_epoch_gap_s"],
         **median,
     }
 
@@ -70,7 +71,7 @@ def print_table(result: dict[str, Any]) -> None:
         cells = [f"{result[side][f]:14.1f}" if f in result[side] else " " * 14 for f in fields]
         print(f"{side:11}" + "".join(cells))
     for field, value in result.items():
-        if field.startswith("vs_") or field == "epoch_gap_s":
+        if field.startswith("vs_") or field.endswith("epoch_gap_s"):
             print(f"{field:22}{value:8.2f}")
 
 
