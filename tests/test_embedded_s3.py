@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from clip_ray import embedded_s3 as module
 from clip_ray.config import StorageConfig
 from clip_ray.embedded_s3 import embedded_s3, storage_session
 from clip_ray.errors import RunError
@@ -45,7 +44,7 @@ def test_a_port_that_is_taken_since_it_was_chosen_is_not_the_end(
         drawn.append(ports if drawn else [taken.getsockname()[1], *ports[1:]])
         return drawn[-1]
 
-    monkeypatch.setattr(module, "free_ports", draw)
+    monkeypatch.setattr("clip_ray.embedded_s3.free_ports", draw)
     with socket.create_server(("127.0.0.1", 0)) as taken, embedded_s3(tmp_path) as environment:
         port = int(environment["AWS_ENDPOINT_URL"].rpartition(":")[2])
         assert len(drawn) == 2
