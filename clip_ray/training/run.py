@@ -7,8 +7,8 @@ import numpy as np
 from clip_ray.config import Config
 from clip_ray.data.order import Order
 from clip_ray.data.shards import Manifest, read_manifest
-from clip_ray.data.stream import StreamSpec, stream_spec
 from clip_ray.data.tokenizer import CaptionTokenizer
+from clip_ray.data.unit import StreamSpec, stream_spec
 from clip_ray.storage import Storage
 
 AUGMENTATION = {

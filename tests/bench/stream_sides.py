@@ -71,8 +71,9 @@ def ours(arguments: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from clip_ray.data.shards import read_manifest
-    from clip_ray.data.stream import stream_spec, training_stream
+    from clip_ray.data.stream import training_stream
     from clip_ray.data.tokenizer import make_tokenizer
+    from clip_ray.data.unit import stream_spec
     from clip_ray.training.run import make_order
     from clip_ray.training.session import ray_session
 

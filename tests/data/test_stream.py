@@ -19,14 +19,9 @@ from clip_ray.config import Config
 from clip_ray.data.order import Order
 from clip_ray.data.prepare import prepare
 from clip_ray.data.shards import Manifest
-from clip_ray.data.stream import (
-    StreamSpec,
-    checked_micro_batches,
-    load_unit,
-    stream_spec,
-    training_stream,
-)
+from clip_ray.data.stream import checked_micro_batches, training_stream
 from clip_ray.data.tokenizer import make_tokenizer
+from clip_ray.data.unit import StreamSpec, load_unit, stream_spec
 from clip_ray.errors import RunError
 from clip_ray.pipeline import session
 from clip_ray.storage import Storage
@@ -38,14 +33,15 @@ START, END = 3, 14
 @pytest.mark.s3
 @pytest.mark.timeout(400)
 def test_the_order_arrives_at_every_world_size_and_timing(small_config: Config) -> None:
+    """From one reader for each worker, from two in one process, and from three processes."""
     with session(small_config, print):
         manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        seen = {}
-        for world_size in (1, 2, 3, 4):
-            spec = spec_of(small_config, manifest, world_size)
-            seen[world_size] = stream_ids(spec)
+        seen = []
+        for world_size, readers in ((1, 3), (2, 2), (3, 1), (4, 1)):
+            spec = spec_of(small_config, manifest, world_size, readers)
+            seen.append(stream_ids(spec))
     wanted = [spec.order.sample_ids(step).tolist() for step in range(START, END)]
-    assert all(ids == wanted for ids in seen.values())
+    assert all(ids == wanted for ids in seen)
 
 
 def stream_ids(spec: StreamSpec) -> list[list[int]]:
@@ -123,7 +119,7 @@ def consume(spec: StreamSpec, rank: int) -> list[list[int]]:
     return ids
 
 
-def spec_of(config: Config, manifest: Manifest, world_size: int) -> StreamSpec:
+def spec_of(config: Config, manifest: Manifest, world_size: int, readers: int = 1) -> StreamSpec:
     return stream_spec(
         data=config.data,
         storage=Storage(config.data_root),
@@ -131,19 +127,21 @@ def spec_of(config: Config, manifest: Manifest, world_size: int) -> StreamSpec:
         tokenizer=make_tokenizer(config.model.text, ["a large red star at the top left"]),
         order=Order(config.seed, manifest.rows("train"), 24, block_rows=8, window_blocks=8),
         world_size=world_size,
-        readers=1,
+        readers=readers,
         image_size=config.model.image.size,
     )
 
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_a_sample_is_the_same_at_every_world_size(small_config: Config) -> None:
+def test_a_sample_is_the_same_at_every_world_size_and_from_all_threads(
+    small_config: Config,
+) -> None:
     with session(small_config, print):
         manifest = prepare(small_config.data, Storage(small_config.data_root), print)
     by_id = {}
-    for world_size in (1, 3):
-        spec = spec_of(small_config, manifest, world_size)
+    for world_size, readers in ((1, 1), (3, 1), (1, 2)):
+        spec = spec_of(small_config, manifest, world_size, readers)
         for rank in range(world_size):
             unit = load_unit(spec, rank, range(START, START + 1))
             for row, sample_id in enumerate(unit["sample_ids"].tolist()):

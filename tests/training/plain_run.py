@@ -12,8 +12,8 @@ from torch import Tensor
 from clip_ray.collectives import broadcast_object, rank, world_size
 from clip_ray.config import Config
 from clip_ray.data.shards import read_manifest
-from clip_ray.data.stream import load_unit
 from clip_ray.data.tokenizer import CaptionTokenizer
+from clip_ray.data.unit import load_unit
 from clip_ray.storage import Storage
 from clip_ray.training.context import Asked
 from clip_ray.training.ledger import Ledger

@@ -1,0 +1,175 @@
+"""A unit of the stream's work: the micro batches of one rank at a few steps. No torch, no Ray."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from clip_ray.config import DataConfig
+from clip_ray.data.images import decode_prepared
+from clip_ray.data.order import Order
+from clip_ray.data.reader import ShardReader, open_reader
+from clip_ray.data.shards import Manifest, Shard
+from clip_ray.data.tokenizer import CaptionTokenizer
+from clip_ray.data.transforms import augment
+from clip_ray.storage import Storage
+
+Arrays = dict[str, NDArray[Any]]
+# A unit costs Ray some 10 ms: it is large enough to make that little, and small enough that the
+# batches of all readers come evenly.
+UNIT_IMAGES = 128
+UNITS_PER_LINK = 2000
+# Readers are threads. Two of a process make one unit together, so that units are ready one by one;
+# more would wait for the interpreter.
+READERS_PER_PROCESS = 2
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """All that a reader needs to know."""
+
+    data_root: str
+    shards_json: str
+    order: Order
+    world_size: int
+    image_size: int
+    data: DataConfig
+    tokenizer_json: str
+    context_length: int
+    readers: int  # for each rank
+    reader_labels: Mapping[str, str]  # of the nodes they run on
+    steps_per_unit: int  # whose micro batches one task makes
+    units_per_link: int = UNITS_PER_LINK
+
+    @property
+    def readers_per_process(self) -> int:
+        """Threads of a reader process; an odd number of readers has a process each."""
+        return 1 if self.readers % READERS_PER_PROCESS else READERS_PER_PROCESS
+
+    @property
+    def unit_bytes(self) -> int:
+        """Size of a unit's images."""
+        micro_batch = self.order.global_batch // self.world_size
+        return self.steps_per_unit * micro_batch * self.image_size**2 * 3
+
+
+def stream_spec(
+    *,
+    data: DataConfig,
+    storage: Storage,
+    manifest: Manifest,
+    tokenizer: CaptionTokenizer,
+    order: Order,
+    world_size: int,
+    readers: int,
+    image_size: int,
+    reader_labels: Mapping[str, str] | None = None,
+) -> StreamSpec:
+    """Gathers what the readers need."""
+    return StreamSpec(
+        data_root=storage.root,
+        shards_json=TypeAdapter(list[Shard]).dump_json(manifest.splits["train"]).decode(),
+        order=order,
+        world_size=world_size,
+        image_size=image_size,
+        data=data,
+        tokenizer_json=tokenizer.json_text,
+        context_length=tokenizer.context_length,
+        readers=readers,
+        reader_labels=reader_labels or {},
+        steps_per_unit=max(1, UNIT_IMAGES // (order.global_batch // world_size)),
+    )
+
+
+def load_unit(spec: StreamSpec, rank: int, steps: range) -> Arrays:
+    """Reads, decodes, crops and tokenises a unit: the micro batches of `rank` at `steps`.
+
+    Returns images [B, H, W, 3] uint8, token_ids [B, k, L] int32, token_lengths [B, k] int32 of the
+    k captions of each image, sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all
+    steps of the unit.
+    """
+    _prefetch(spec, steps, rank)
+    slices = [np.array_split(spec.order.sample_ids(step), spec.world_size)[rank] for step in steps]
+    sample_ids = np.concatenate(slices)
+    place = np.repeat([(step, rank) for step in steps], [len(part) for part in slices], axis=0)
+    images, texts = _views(spec, place[:, 0].tolist(), sample_ids.tolist())
+    token_ids, token_lengths = _tokenizer(spec)(texts)
+    captions = (len(sample_ids), spec.data.captions_per_image)
+    return {
+        "images": images,
+        "token_ids": token_ids.reshape(*captions, -1),
+        "token_lengths": token_lengths.reshape(captions),
+        "sample_ids": sample_ids,
+        "place": place,
+    }
+
+
+def _views(
+    spec: StreamSpec, steps: Sequence[int], sample_ids: Sequence[int]
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """The crops and captions of samples at their steps, made by the process's threads."""
+    rows = list(_reader(spec).rows(sample_ids, columns=("image", "captions")))
+    images = np.empty((len(rows), spec.image_size, spec.image_size, 3), dtype=np.uint8)
+    drawn: list[list[str]] = [[] for _ in rows]
+    numbers = iter(range(len(rows)))  # each taken by one thread
+
+    def fill() -> None:
+        for number in numbers:
+            rng = spec.order.rng(steps[number], sample_ids[number])
+            captions, image = rows[number]["captions"], rows[number]["image"]
+            drawn[number] = _draw(captions, spec.data.captions_per_image, rng)
+            images[number] = augment(decode_prepared(image), spec.image_size, spec.data, rng)
+
+    filling = [_threads(spec).submit(fill) for _ in range(spec.readers_per_process)]
+    for future in filling:
+        future.result()
+    return images, list(itertools.chain.from_iterable(drawn))
+
+
+def _draw(captions: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """`count` captions, each once before any comes again."""
+    if count == 1:
+        return [captions[int(rng.integers(len(captions)))]]
+    order: list[int] = rng.permutation(len(captions)).tolist()
+    return [captions[order[number % len(order)]] for number in range(count)]
+
+
+def _prefetch(spec: StreamSpec, steps: range, rank: int) -> None:
+    """This rank's share of the blocks that come into use one window later."""
+    reader, rows = _reader(spec), spec.order.block_rows
+    for step in steps:
+        starts = spec.order.blocks_ahead(step)[rank :: spec.world_size] * rows
+        reader.prefetch(min(start, len(reader) - 1) for start in starts.tolist())
+
+
+# A reader process serves many units: what it opened once, it keeps.
+@lru_cache(maxsize=1)
+def _reader_of(data_root: str, shards_json: str, data_json: str) -> ShardReader:
+    shards = TypeAdapter(list[Shard]).validate_json(shards_json)
+    return open_reader(DataConfig.model_validate_json(data_json), Storage(data_root), shards)
+
+
+def _reader(spec: StreamSpec) -> ShardReader:
+    return _reader_of(spec.data_root, spec.shards_json, spec.data.model_dump_json())
+
+
+_threads_of: Callable[[int], ThreadPoolExecutor] = lru_cache(maxsize=1)(ThreadPoolExecutor)
+
+
+def _threads(spec: StreamSpec) -> ThreadPoolExecutor:
+    return _threads_of(spec.readers_per_process)
+
+
+_tokenizer_of: Callable[[str, int], CaptionTokenizer] = lru_cache(maxsize=1)(CaptionTokenizer)
+
+
+def _tokenizer(spec: StreamSpec) -> CaptionTokenizer:
+    return _tokenizer_of(spec.tokenizer_json, spec.context_length)
