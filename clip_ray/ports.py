@@ -12,13 +12,13 @@ _RANGE = range(20_000, 30_000)
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports on loopback, all different, drawn from those that nobody listens on."""
+    """So many ports, all different, drawn from those that nobody on this machine listens on."""
     ports = []
     with contextlib.ExitStack() as stack:
         while len(ports) < count:
             listener = stack.enter_context(socket.socket())
             port = secrets.choice(_RANGE)
             with contextlib.suppress(OSError):  # taken
-                listener.bind(("127.0.0.1", port))
+                listener.bind(("", port))
                 ports.append(port)
     return ports

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from clip_ray.cluster.findings import CLUSTER, Finding
 from clip_ray.cluster.judge import Node
 from clip_ray.cluster.probes import Answers, Probes, probes
 from clip_ray.collectives import all_reduce_bytes_per_s
+from clip_ray.ports import free_ports
 
 TIMEOUT_S = 20  # of the group's, which says more than ours does
 GRACE_S = 25  # beside it, for a process that is started and imports torch
@@ -100,7 +100,7 @@ def _all_reduce(
 
 def _begin(nodes: Sequence[Node], there: Probes, kind: str) -> dict[str, Any]:
     first, *_ = nodes
-    port = there[first.name].run.remote(free_port)  # Ray passes its value on
+    port = there[first.name].run.remote(_free_port)  # Ray passes its value on
     return {
         node.name: there[node.name].run.remote(
             all_reduce_bytes_per_s,
@@ -122,8 +122,6 @@ def _outcome(answers: Answers) -> Outcome:
     return Outcome(min(answers.found.values()))
 
 
-def free_port() -> int:
-    """One that nobody listens on, on the node where it is asked for."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+def _free_port() -> int:
+    """Of the node where it is asked for."""
+    return free_ports(1)[0]
