@@ -3,8 +3,9 @@
     python tests/bench/stream.py [--images 6000] [--epochs 3] [--repeats 3] [--json]
 
 Each side runs in processes of its own, in turn, on the same cores, over the same JPEGs in the same
-object store (the embedded one, unless AWS_ENDPOINT_URL names another), with two reader processes.
-`total` begins with the modules imported and the cluster up; that time is `start_s`.
+object store (the embedded one, unless AWS_ENDPOINT_URL names another), with two readers: threads of
+one process for ours, worker processes for the peers. `total` begins with the modules imported and
+the cluster up; that time is `start_s`.
 """
 
 from __future__ import annotations
