@@ -51,8 +51,8 @@ class CLIP(nn.Module):
         from torch._inductor import config  # slow to import, and rarely wanted
 
         config.fallback_random = True
-        for tower in (self.image, self.text):
-            tower.compile(dynamic=False)
+        self.image.compile(dynamic=False)
+        self.text.compile()  # whose batches differ in length: twice, the second time for any
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
+from clip_ray.model.towers import without_padding
 from clip_ray.model.weights_folder import CONFIG, FILES, TOKENIZER, WEIGHTS, read_file
 from clip_ray.storage import Storage
 
@@ -55,10 +56,11 @@ class PretrainedCLIP:
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> unit vectors [B, D] float32."""
-        token_ids, token_lengths = (
-            torch.from_numpy(a).to(self.device) for a in self.tokenizer(texts)
+        token_ids, token_lengths = map(torch.from_numpy, self.tokenizer(texts))
+        _, features, *_ = self.model(
+            token_ids=without_padding(token_ids, token_lengths).to(self.device),
+            token_lengths=token_lengths.to(self.device),
         )
-        _, features, *_ = self.model(token_ids=token_ids, token_lengths=token_lengths)
         return features
 
 

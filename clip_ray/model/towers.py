@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import timm
@@ -16,6 +17,8 @@ from clip_ray.errors import ConfigError
 
 TOKEN_IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
 NOT_ARCHITECTURE = {"model_type", "architectures", "transformers_version", "dtype", "_name_or_path"}
+# Texts are cut to a multiple of it: few shapes, whole tiles of the hardware.
+TEXT_LENGTH_STEP = 8
 SIZED_FAMILIES = ("vit_", "deit", "swin", "beit", "eva", "mixer")
 
 
@@ -71,6 +74,16 @@ class TextTower(nn.Module):
             return hidden[torch.arange(len(hidden), device=hidden.device), token_lengths.long() - 1]
         weights = mask.to(hidden.dtype)[..., None]
         return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def without_padding(token_ids: Tensor, token_lengths: Tensor) -> Tensor:
+    """token_ids [..., L] up to the longest of token_lengths [...], rounded up to a multiple of 8.
+
+    Features and gradients stay the same, for no token sees what comes after its text. Best called
+    before the tensors go to a GPU, which it would wait for.
+    """
+    longest = int(token_lengths.max())
+    return token_ids[..., : math.ceil(longest / TEXT_LENGTH_STEP) * TEXT_LENGTH_STEP]
 
 
 def _build_trunk(config: ImageTowerConfig) -> nn.Module:

@@ -14,23 +14,35 @@ from clip_ray.model.groups import learning_rate_factors
 _WITH_BACKWARD = 3
 
 
-def step_flops(config: Config, vocab_size: int) -> float:
+class StepFlops:
     """FLOPs of the model for one global batch: forward and backward of encoders and logits.
 
     As model FLOPs utilisation counts them (Chowdhery et al. 2022): what is computed again is not
     counted. A tower without a trained group has no backward; one that is trained in part counts
     as a whole.
     """
-    model = hollow_model(config.model, vocab_size)
-    factors = learning_rate_factors(model, config.optim)
-    captions, size = config.data.captions_per_image, config.model.image.size
-    image = torch.zeros(1, size, size, 3, dtype=torch.uint8, device="meta")
-    of_image = _forward_flops(model.image, image) * _passes(factors, "image.")
-    # The encoder alone: the masks of real sentences look into their values.
-    tokens = torch.ones(captions, config.model.text.context_length, dtype=torch.long, device="meta")
-    of_texts = _forward_flops(model.text.encoder, tokens) * _passes(factors, "text.")
-    logits = 2 * config.train.global_batch * captions * config.model.embed_dim * _WITH_BACKWARD
-    return config.train.global_batch * (of_image + of_texts + logits)
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        model = hollow_model(config.model, vocab_size)
+        factors = learning_rate_factors(model, config.optim)
+        self._global_batch = config.train.global_batch
+        captions, size = config.data.captions_per_image, config.model.image.size
+        image = torch.zeros(1, size, size, 3, dtype=torch.uint8, device="meta")
+        self._of_image = _forward_flops(model.image, image) * _passes(factors, "image.")
+        logits = self._global_batch * captions
+        self._of_logits = 2 * logits * config.model.embed_dim * _WITH_BACKWARD
+        self._encoder, self._text_passes = model.text.encoder, _passes(factors, "text.")
+        self._captions = captions
+        self._of_texts: dict[int, int] = {}
+
+    def __call__(self, text_length: int) -> float:
+        """With texts of so many tokens."""
+        if text_length not in self._of_texts:
+            # The encoder alone: the masks of real sentences look into their values.
+            tokens = torch.ones(self._captions, text_length, dtype=torch.long, device="meta")
+            self._of_texts[text_length] = _forward_flops(self._encoder, tokens) * self._text_passes
+        of_sample = self._of_image + self._of_texts[text_length] + self._of_logits
+        return self._global_batch * of_sample
 
 
 def _forward_flops(module: nn.Module, inputs: torch.Tensor) -> int:

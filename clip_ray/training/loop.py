@@ -26,11 +26,12 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
 from clip_ray.model.pretrained import load_weights, pack_weights
+from clip_ray.model.towers import without_padding
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import Checkpoint, Checkpoints
 from clip_ray.training.context import Asked, WorkerContext
 from clip_ray.training.engine import INPUTS, Engine, StepResult, deepspeed_config
-from clip_ray.training.flops import step_flops
+from clip_ray.training.flops import StepFlops
 from clip_ray.training.hardware import device_name
 from clip_ray.training.ledger import Entry
 from clip_ray.training.meter import StepMeter
@@ -82,6 +83,7 @@ class Trainer:
     def _run_steps(self) -> None:
         micro_batches = self.context.micro_batches(range(self.start_step, self.total_steps))
         self._meter = self._new_meter()
+        flops = StepFlops(self.config, self.tokenizer.vocab_size)
         self._nodes = all_gather_objects(self.context.node)
         self._started_s = time.monotonic()
         for step in range(self.start_step, self.total_steps):
@@ -89,7 +91,7 @@ class Trainer:
                 batch = self._on_device(next(micro_batches))
             lr = learning_rate(step, self.total_steps, self.config.optim)
             torch.manual_seed(step_seed(self.config.seed, step, rank()))
-            with self._meter.step():
+            with self._meter.step(flops(batch["token_ids"].shape[-1])):
                 result = self.engine.train_step(batch, lr)
             if step == self.start_step:
                 self._first_step_at_s = time.time()
@@ -152,7 +154,6 @@ class Trainer:
     def _new_meter(self) -> StepMeter:
         return StepMeter(
             self.config.train.global_batch,
-            step_flops(self.config, self.tokenizer.vocab_size),
             self.config.cluster.num_workers,
             self.engine.device,
             self.engine.precision,
@@ -173,6 +174,7 @@ class Trainer:
         with warnings.catch_warnings():  # Ray's arrays are read-only, and nobody writes to them
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(micro_batch[name]) for name in INPUTS}
+            tensors["token_ids"] = without_padding(tensors["token_ids"], tensors["token_lengths"])
             if self.config.data.captions_per_image > 1:
                 tensors["image_ids"] = torch.from_numpy(micro_batch["sample_ids"])
         return {name: tensor.to(self.engine.device) for name, tensor in tensors.items()}

@@ -28,13 +28,11 @@ class StepMeter:
     def __init__(
         self,
         global_batch: int,
-        flops_per_step: float,
         workers: int,
         device: torch.device,
         precision: Precision,
     ) -> None:
         self._global_batch, self._workers = global_batch, workers
-        self._flops_per_step = flops_per_step
         self._device, self._precision = device, precision
         self._profiles_next, self._profiled_s = False, float("-inf")
         self._exposed_share = 0.0  # of a step's own time
@@ -49,6 +47,7 @@ class StepMeter:
     def restart(self) -> None:
         """Forgets the steps so far, and what came after them."""
         self._since_s, self._steps, self._waited_s = time.monotonic(), 0, 0.0
+        self._flops = 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -58,9 +57,13 @@ class StepMeter:
         self._waited_s += time.monotonic() - started_s
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Around one step. Now and then one that follows a logged one is profiled."""
+    def step(self, flops: float) -> Iterator[None]:
+        """Around one step, of so many FLOPs on all ranks together, as far as this one can tell.
+
+        Now and then one that follows a logged one is profiled.
+        """
         self._steps += 1
+        self._flops += flops
         if not self._profiles_next:
             yield
             return
@@ -85,7 +88,7 @@ class StepMeter:
         1; communication is that of the newest profiled step, as far as nothing was computed
         meanwhile. Once one has been profiled, the slowest and the median of `own_s` too.
         """
-        passed_s, steps = time.monotonic() - self._since_s, self._steps
+        passed_s, steps, flops = time.monotonic() - self._since_s, self._steps, self._flops
         waiting = self._waited_s / passed_s
         communicating = self._exposed_share * (1 - waiting)
         self._compare_ranks(self._waited_s / steps)
@@ -99,7 +102,7 @@ class StepMeter:
             "communication_share": communicating,
             "compute_share": 1 - waiting - communicating,
             "peak_memory_gb": peak_memory_bytes(self._device) / 1e9,
-            "mfu": steps * self._flops_per_step / passed_s / peak,
+            "mfu": flops / passed_s / peak,
             **(
                 {"slowest_rank_s": max(self.own_s), "median_rank_s": median(self.own_s)}
                 if self.own_s

@@ -17,6 +17,7 @@ from clip_ray.data.shards import Manifest, read_column
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.evaluation.retrieval import retrieval_metrics
+from clip_ray.model.towers import without_padding
 from clip_ray.storage import Storage
 from clip_ray.training.engine import Engine
 
@@ -57,7 +58,9 @@ class Validation:
         ids, lengths = self._tokens
         texts = self._encode(
             len(ids),
-            lambda rows: engine.encode(token_ids=ids[rows], token_lengths=lengths[rows])[1],
+            lambda rows: engine.encode(
+                token_ids=without_padding(ids[rows], lengths[rows]), token_lengths=lengths[rows]
+            )[1],
         )
         return retrieval_metrics(images, texts, self._image_of_text, self._recall_at)
 

@@ -182,13 +182,14 @@ def memory_worker(loop_config: dict[str, Any]) -> None:
 
 
 def memory_batches(config: Config) -> Iterator[dict[str, np.ndarray]]:
-    """The same random batch for ever."""
+    """The same random batch for ever, its texts as long as captions with their two ends."""
     rng = np.random.default_rng(0)
     batch, size = config.local_batch, config.model.image.size
+    lengths = [[len(caption(number).split()) + 2] for number in range(batch)]
     arrays = {
         "images": rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8),
         "token_ids": rng.integers(4, 400, (batch, 1, LENGTH), dtype=np.int32),
-        "token_lengths": np.full((batch, 1), 12, dtype=np.int32),
+        "token_lengths": np.array(lengths, dtype=np.int32),
     }
     while True:
         yield arrays
@@ -207,12 +208,14 @@ def bare_rank(arguments: argparse.Namespace) -> tuple[list[float], float]:
     """Samples/s of each measured step, and CPU seconds of this rank for each sample of all."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     from clip_ray.model.clip import CLIP
+    from clip_ray.model.towers import without_padding
     from clip_ray.training.engine import Engine
 
     config = bench_config(arguments)
     tokenizer = make_tokenizer(config.model.text, [caption(0)])
     engine = Engine(CLIP(config.model, tokenizer.vocab_size, config.loss), config)
     batch = {name: torch.from_numpy(a) for name, a in next(memory_batches(config)).items()}
+    batch["token_ids"] = without_padding(batch["token_ids"], batch["token_lengths"])
     steps, first = TOWERS[arguments.towers].steps, TOWERS[arguments.towers].first
     rates, cpu_from_s = [], 0.0
     for step in range(steps):

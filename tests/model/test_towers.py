@@ -14,10 +14,11 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 from clip_ray import load_model
-from clip_ray.config import LossConfig, ModelConfig
+from clip_ray.config import LossConfig, ModelConfig, TextTowerConfig
 from clip_ray.config_file import merge
 from clip_ray.errors import ConfigError
 from clip_ray.model.clip import CLIP
+from clip_ray.model.towers import TextTower, without_padding
 from clip_ray.presets import MODEL_PRESETS
 
 CAPTIONS = ["red star", "blue ring"]
@@ -68,9 +69,50 @@ def test_towers_start_from_local_weights_and_load_without_them(tmp_path: Path) -
     images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     ids, lengths = map(torch.from_numpy, tokenizer(CAPTIONS))
     with torch.no_grad():
-        expected_images, expected_texts, *_ = model(images, ids, lengths)
+        expected_images, expected_texts, *_ = model(images, without_padding(ids, lengths), lengths)
     assert torch.equal(loaded.encode_image(images), expected_images)
     assert torch.equal(loaded.encode_text(CAPTIONS), expected_texts)
+
+
+TEXT_TOWERS: list[dict[str, Any]] = [
+    {"model_type": "clip_text_model", "pooling": "last"},
+    {"model_type": "bert", "pooling": "mean"},
+    {"model_type": "roberta", "pooling": "mean",
+     "kwargs": {"max_position_embeddings": 42, "pad_token_id": 0}},
+    {"model_type": "distilbert", "pooling": "first",
+     "kwargs": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXT_TOWERS, ids=lambda text: text["model_type"])
+def test_padding_that_is_cut_off_changes_no_feature_and_no_gradient(text: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 2}  # fmt: skip
+    kwargs = sizes | text.get("kwargs", {})
+    config = TextTowerConfig.model_validate(text | {"kwargs": kwargs, "context_length": 40})
+    tower = TextTower(config, vocab_size=300).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    token_lengths = torch.tensor([3, 17, 9, 1])
+    token_ids = torch.randint(4, 300, (4, 40), generator=generator)
+    token_ids[torch.arange(40) >= token_lengths[:, None]] = 0
+    short = without_padding(token_ids, token_lengths)
+    assert short.shape == (4, 24)
+    weights = torch.randn(4, 32, dtype=torch.float64, generator=generator)
+    outcomes = []
+    for ids in (token_ids, short):
+        tower.zero_grad()
+        features = tower(ids, token_lengths)
+        (features * weights).sum().backward()
+        gradients = [p.grad for p in tower.parameters() if p.grad is not None]
+        outcomes.append([features.detach(), *(gradient.clone() for gradient in gradients)])
+    torch.testing.assert_close(*outcomes, rtol=1e-12, atol=1e-12)
+
+
+def test_the_longest_text_is_never_cut() -> None:
+    token_ids = torch.arange(2 * 77).view(2, 77)
+    for longest, width in ((1, 8), (8, 8), (9, 16), (73, 77), (77, 77)):
+        short = without_padding(token_ids[:, None], torch.tensor([[1], [longest]]))
+        assert torch.equal(short, token_ids[:, None, :width])
 
 
 def timm_weights(path: Path) -> Path:
