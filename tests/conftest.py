@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from s3_server import s3_server
 
@@ -24,6 +25,11 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     for dotted, value in (item.split("=", 1) for item in overrides):
         set_field(tree, dotted, yaml.safe_load(value))
     return parse_config(tree, origin="test")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
 
 
 @pytest.fixture(scope="session")

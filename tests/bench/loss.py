@@ -1,11 +1,13 @@
 """Time and memory of the losses beside open_clip's ClipLoss: one rank's share of a global batch.
 
     python tests/bench/loss.py [--local 2048] [--ranks 8] [--large 8192] [--repeats 5] [--json]
+                               [--tile 1024] [--device cpu]
 
 Each case is a fresh process that plays rank 0 of `--ranks` with torch's fake process group: every
 tensor has its real size and every product is computed, but nothing is sent, so communication is
-left out on all sides. Peak is the process's high-water mark (VmHWM, reset before the step) above
-what it holds with the features made. `--large` measures the memory of the tiled loss alone.
+left out on all sides. Peak is the process's high-water mark (VmHWM, reset before the step), or
+with `--device cuda` its allocator's, above what it holds with the features made. `--large` measures
+the memory of the tiled loss alone.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from clip_ray.config_file import load_config
 from clip_ray.loss.contrastive import contrastive_loss
 from clip_ray.loss.reference import info_nce_reference
 
-DIM, TOWER_BATCH, CASE_TIMEOUT_S = 512, 8, 1200
+DIM, CASE_TIMEOUT_S = 512, 1200
+TOWER_BATCH = {"cpu": 8, "cuda": 512}
 OURS = ("gathered", "tiled", "ring")
 PEERS = ("open_clip local", "open_clip default", "plain")
 Step = Callable[[], Any]
@@ -43,6 +46,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--large", type=int, default=8192, help="pairs for the tiled loss alone")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tile", type=int, default=LossConfig().tile)
+    parser.add_argument("--device", choices=TOWER_BATCH, default="cpu")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -50,9 +55,9 @@ def main() -> None:
         print(json.dumps(measure(arguments.case, arguments)))
         return
     found = {case: run_case(case, arguments) for case in (*OURS, *PEERS, "towers")}
-    large = arguments.large, arguments.ranks, 1
-    found["tiled, large"] = run_case("tiled", argparse.Namespace(**named(*large)))
-    towers_s = found.pop("towers")["step_s"] / TOWER_BATCH * arguments.local
+    large = vars(arguments) | {"local": arguments.large, "repeats": 1}
+    found["tiled, large"] = run_case("tiled", argparse.Namespace(**large))
+    towers_s = found.pop("towers")["step_s"] / TOWER_BATCH[arguments.device] * arguments.local
     tiled_s, gathered_s = found["tiled"]["step_s"], found["gathered"]["step_s"]
     print(f"{'loss':20}{'step_s':>10}{'peak_gb':>10}")
     for case, one in found.items():
@@ -69,13 +74,9 @@ def main() -> None:
         print(json.dumps(result | {"towers_s": towers_s, "cases": found, **vars(arguments)}))
 
 
-def named(local: int, ranks: int, repeats: int) -> dict[str, int]:
-    return {"local": local, "ranks": ranks, "repeats": repeats}
-
-
 def run_case(case: str, arguments: argparse.Namespace) -> dict[str, float]:
-    options = named(arguments.local, arguments.ranks, arguments.repeats)
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    options = ("local", "ranks", "repeats", "tile", "device")
+    words = [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), "--case", case, *words],
         stdout=subprocess.PIPE, text=True, check=True, timeout=CASE_TIMEOUT_S,
@@ -88,12 +89,13 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, float]:
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """The first step's peak, and the median time of those after it."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.ranks)
-    step_of(case, 64)()  # what libraries hold for themselves
-    step = step_of(case, arguments.local)
-    before_gb = status_gb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    torch.set_default_device(arguments.device)
+    step_of(case, 64, arguments.tile)()  # what libraries hold for themselves
+    step = step_of(case, arguments.local, arguments.tile)
+    before_gb = held_gb()
+    restart_peak()
     times_s = [timed(step)]
-    peak_gb = status_gb("VmHWM") - before_gb
+    peak_gb = peak_held_gb() - before_gb
     times_s += [timed(step) for _ in range(arguments.repeats - 1)]
     return {"step_s": statistics.median(times_s[1:] or times_s), "peak_gb": peak_gb}
 
@@ -101,7 +103,28 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
 def timed(step: Step) -> float:
     started = time.perf_counter()
     step()
+    if on_gpu():
+        torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+def held_gb() -> float:
+    return torch.cuda.memory_allocated() / 1e9 if on_gpu() else status_gb("VmRSS")
+
+
+def restart_peak() -> None:
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_held_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if on_gpu() else status_gb("VmHWM")
 
 
 def status_gb(field: str) -> float:
@@ -110,7 +133,7 @@ def status_gb(field: str) -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def step_of(case: str, local: int) -> Step:
+def step_of(case: str, local: int, tile: int) -> Step:
     """Forward and backward of a loss, its features made."""
     if case == "towers":
         return towers_step()
@@ -119,7 +142,7 @@ def step_of(case: str, local: int) -> Step:
         F.normalize(torch.randn(local, DIM), dim=-1).requires_grad_() for _ in range(2)
     )
     scale = torch.tensor([14.0], requires_grad=True)
-    loss = loss_of(case)
+    loss = loss_of(case, tile)
 
     def step() -> None:
         images.grad = texts.grad = scale.grad = None
@@ -128,9 +151,9 @@ def step_of(case: str, local: int) -> Step:
     return step
 
 
-def loss_of(case: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def loss_of(case: str, tile: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if case in OURS:
-        config = LossConfig.model_validate({"method": case})
+        config = LossConfig.model_validate({"method": case, "tile": tile})
         return lambda images, texts, scale: contrastive_loss(
             images, texts, scale, None, None, config
         )
@@ -156,9 +179,12 @@ def towers_step() -> Step:
     shapes = Path(__file__).parents[2] / "jobs" / "configs" / "shapes.yaml"
     config = load_config(shapes, overrides)
     model = CLIP(config.model, 49408, config.loss)
-    images = torch.randint(0, 256, (TOWER_BATCH, 224, 224, 3), dtype=torch.uint8)
-    token_ids = torch.randint(4, 49408, (TOWER_BATCH, 77))
-    token_lengths = torch.full((TOWER_BATCH,), 77)
+    if on_gpu():
+        model.bfloat16()
+    batch = TOWER_BATCH[torch.get_default_device().type]
+    images = torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8)
+    token_ids = torch.randint(4, 49408, (batch, 77))
+    token_lengths = torch.full((batch,), 77)
 
     def step() -> None:
         model.zero_grad()

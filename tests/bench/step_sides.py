@@ -1,7 +1,7 @@
 """One side of the step's bench, in processes of its own: python step_sides.py SIDE OPTIONS.
 
-Every side trains the same two towers (a timm ViT, a BERT of transformers) with two workers of one
-thread each, and ends with one JSON object: the samples/s of each measured step.
+Every side trains the same two towers (a timm ViT, a BERT of transformers), on CPUs with two workers
+of one thread each, and ends with one JSON object: the samples/s of each measured step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from clip_ray.config_file import load_config, shipped
 from clip_ray.data.tokenizer import make_tokenizer
 from clip_ray.storage import Storage
 
-WORKERS, LENGTH, VOCABULARY = 2, 77, 49408
+LENGTH, VOCABULARY = 77, 49408
 DECODED = 300
 # Times its steps that the stream goes on, so that its readers work to the end.
 STEPS_BEYOND = 2
@@ -37,7 +37,10 @@ STEPS_BEYOND = 2
 
 @dataclass(frozen=True)
 class Towers:
-    """The same on every side, with the steps that are trained and the first that is measured."""
+    """The same on every side, with the steps that are trained and the first that is measured.
+
+    `readers` decode, for each worker, or are open_clip's loader processes.
+    """
 
     size: int
     image: dict[str, Any]
@@ -46,16 +49,21 @@ class Towers:
     local_batch: int
     steps: int
     first: int
+    workers: int = 2
+    gpus: int = 0
+    readers: int = 1
 
 
+LARGE = Towers(
+    size=224,
+    image={"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    text={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+          "num_attention_heads": 8},
+    embed_dim=512, local_batch=32, steps=2, first=1,
+)  # fmt: skip
 TOWERS = {
-    "large": Towers(
-        size=224,
-        image={"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
-        text={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-              "num_attention_heads": 8},
-        embed_dim=512, local_batch=32, steps=2, first=1,
-    ),
+    "large": LARGE,
+    "gpu": replace(LARGE, local_batch=1024, steps=40, first=20, workers=1, gpus=1, readers=12),
     # The readers begin some 40 steps ahead, which is not what lasts.
     "tiny": Towers(
         size=112,
@@ -91,11 +99,12 @@ def bench_config(arguments: argparse.Namespace) -> Config:
         "model.text.kwargs.vocab_size": VOCABULARY,
         "model.text.pooling": "mean",
         "model.text.context_length": LENGTH,
-        "train.global_batch": WORKERS * towers.local_batch,
+        "train.global_batch": towers.workers * towers.local_batch,
         "train.zero_stage": arguments.stage,
         "train.epochs": 1,
-        "cluster.num_workers": WORKERS,
-        "cluster.readers_per_worker": 1,
+        "cluster.num_workers": towers.workers,
+        "cluster.gpus_per_worker": towers.gpus,
+        "cluster.readers_per_worker": towers.readers,
         "logging.every_steps": min(10, towers.first),
         "data.source": arguments.raw,
         "data.layout": "jsonl",
@@ -143,6 +152,7 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
         "rates": [entry["images_per_s"] for entry in measured],
         "communication_share": max(entry["communication_share"] for entry in measured),
         "data_wait_share": float(np.mean([entry["data_wait_share"] for entry in measured])),
+        "mfu": float(np.mean([entry["mfu"] for entry in measured])),
     }
 
 
@@ -198,15 +208,20 @@ def memory_batches(config: Config) -> Iterator[dict[str, np.ndarray]]:
 def bare(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same engine, stage and batch in a plain loop, fed from memory, without Ray."""
     sys.path.insert(0, str(Path(__file__).parent.parent))
-    from process_group import run_ranks
+    from process_group import run_on_gpu, run_ranks
 
-    rates, cpu_s = zip(*run_ranks(WORKERS, bare_rank, arguments), strict=True)
+    towers = TOWERS[arguments.towers]
+    found = (
+        [run_on_gpu(bare_rank, arguments)]
+        if towers.gpus
+        else run_ranks(towers.workers, bare_rank, arguments)
+    )
+    rates, cpu_s = zip(*found, strict=True)
     return {"rates": rates[0], "cpu_s_per_sample": sum(cpu_s)}
 
 
 def bare_rank(arguments: argparse.Namespace) -> tuple[list[float], float]:
     """Samples/s of each measured step, and CPU seconds of this rank for each sample of all."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from clip_ray.model.clip import CLIP
     from clip_ray.model.towers import without_padding
     from clip_ray.training.engine import Engine
@@ -216,6 +231,7 @@ def bare_rank(arguments: argparse.Namespace) -> tuple[list[float], float]:
     engine = Engine(CLIP(config.model, tokenizer.vocab_size, config.loss), config)
     batch = {name: torch.from_numpy(a) for name, a in next(memory_batches(config)).items()}
     batch["token_ids"] = without_padding(batch["token_ids"], batch["token_lengths"])
+    batch = {name: tensor.to(engine.device) for name, tensor in batch.items()}
     steps, first = TOWERS[arguments.towers].steps, TOWERS[arguments.towers].first
     rates, cpu_from_s = [], 0.0
     for step in range(steps):
@@ -240,8 +256,9 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def open_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     """open_clip's own training program under torchrun, with the same towers and images."""
+    workers = TOWERS[arguments.towers].workers
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={WORKERS}",
+        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={workers}",
         "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0",
         str(Path(__file__).resolve()), "open_clip_rank", "--towers", arguments.towers,
         "--root", arguments.root, "--raw", arguments.raw,
@@ -294,13 +311,16 @@ def open_clip_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         Path(folder, "bench.json").write_text(json.dumps(model))
         add_model_config(Path(folder, "bench.json"))
         urls = [f"pipe:curl -s -f '{url}'" for url in tar_urls(arguments.root)]
-        samples = towers.steps * WORKERS * towers.local_batch
+        samples = towers.steps * towers.workers * towers.local_batch
+        device = ["--device", "cpu", "--dist-backend", "gloo", "--precision", "fp32"]
+        if towers.gpus:
+            device = ["--device", "cuda", "--precision", "amp_bf16", "--dataset-resampled"]
         train(
             [
-                "--model", "bench", "--device", "cpu", "--dist-backend", "gloo",
-                "--precision", "fp32", "--dataset-type", "webdataset",
+                "--model", "bench", *device, "--dataset-type", "webdataset",
                 "--train-data", "::".join(urls), "--train-num-samples", str(samples),
-                "--batch-size", str(towers.local_batch), "--workers", "1", "--epochs", "1",
+                "--batch-size", str(towers.local_batch), "--workers", str(towers.readers),
+                "--epochs", "1",
                 "--local-loss", "--gather-with-grad", "--log-every-n-steps", "1",
                 "--logs", "none", "--warmup", "10", "--lr", "1e-4",
             ]

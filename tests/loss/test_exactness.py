@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from process_group import run_ranks
+from process_group import device, run_on_gpu, run_ranks
 from torch import Tensor, nn
 
 from clip_ray.collectives import rank, world_size
@@ -41,7 +41,7 @@ class Loss:
 
     @property
     def image_ids(self) -> Tensor | None:
-        return torch.tensor(TWICE) if self.twice else None
+        return torch.tensor(TWICE, device=device()) if self.twice else None
 
     def config(self, method: str, tile: int) -> LossConfig:
         fields = {"kind": self.kind, "positives": self.positives, "method": method, "tile": tile}
@@ -82,6 +82,7 @@ class Towers(nn.Module):
         self.text = nn.Linear(WIDTH, DIM, dtype=torch.float64)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)], dtype=torch.float64))
         self.logit_bias = nn.Parameter(torch.tensor([-3.0], dtype=torch.float64))
+        self.to(device())
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         unit = F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
@@ -92,7 +93,7 @@ def batch(captions: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(IMAGES, WIDTH, generator=generator, dtype=torch.float64)
     texts = torch.randn(IMAGES * captions, WIDTH, generator=generator, dtype=torch.float64)
-    return images, texts
+    return images.to(device()), texts.to(device())
 
 
 def outcomes_of_this_rank(every: int) -> list[dict[str, Tensor]]:
@@ -130,8 +131,17 @@ def test_a_sample_of_the_cases_at_an_odd_world_size() -> None:
     compare(3, every=7)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    check([run_on_gpu(outcomes_of_this_rank, 1)], every=1)
+
+
 def compare(ranks: int, every: int) -> None:
-    by_rank = run_ranks(ranks, outcomes_of_this_rank, every)
+    check(run_ranks(ranks, outcomes_of_this_rank, every), every)
+    print(f"{len(CASES[::every])} cases at world size {ranks}")
+
+
+def check(by_rank: list[list[dict[str, Tensor]]], every: int) -> None:
     for number, (loss, method) in enumerate(CASES[::every]):
         towers = Towers()
         value = loss.reference(*towers(*batch(loss.captions)))
@@ -139,4 +149,3 @@ def compare(ranks: int, every: int) -> None:
         for name, wanted in expected.items():
             found = torch.stack([outcomes[number][name] for outcomes in by_rank]).mean(0)
             assert (found - wanted).norm() <= 1e-12 * wanted.norm(), (loss, method, name)
-    print(f"{len(CASES[::every])} cases at world size {ranks}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +77,6 @@ class Ended:
 
 def plain_run(config: Config, cut_at: int = -1, stop_at: int = -1) -> Ended | None:
     """Trains on every rank of the group, from the newest checkpoint; None where it was cut."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     from clip_ray.training.loop import Trainer
 
     config = config.at_world_size(world_size())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SHAPES_YAML
 from engine_state import whole_state
-from process_group import run_ranks
+from process_group import device, run_on_gpu, run_ranks
 from torch import Tensor
 
 from clip_ray.collectives import rank
@@ -21,7 +21,6 @@ Outcome = dict[str, float | bool]
 
 
 def outcomes_of_this_rank() -> dict[str, Outcome]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     return {f"{stage} {precision}": outcome(stage, precision) for stage, precision in CASES}
 
 
@@ -29,7 +28,7 @@ def outcome(stage: int, precision: str) -> Outcome:
     engine = make_engine(stage, precision, AVERAGED)
     largest, stepped = 0.0, False
     for _ in range(8):
-        engine.masters.set(engine.module.logit_scale, torch.tensor([4.7]))
+        engine.masters.set(engine.module.logit_scale, torch.tensor([4.7], device=device()))
         stepped = not engine.train_step(batch(), lr=1e-3).skipped
         scale = engine.masters.weights()["logit_scale"]
         largest = max(largest, float(scale))
@@ -66,11 +65,12 @@ def make_engine(stage: int, precision: str, *more: str):
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(10 * seed + rank())
-    return {
+    tensors = {
         "images": torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8, generator=generator),
         "token_ids": torch.randint(4, 400, (4, 1, 40), dtype=torch.int32, generator=generator),
         "token_lengths": torch.randint(5, 40, (4, 1), dtype=torch.int32, generator=generator),
     }
+    return {name: tensor.to(device()) for name, tensor in tensors.items()}
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -80,16 +80,24 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 @pytest.mark.cluster
 def test_clamp_holds_and_state_resumes_bit_for_bit() -> None:
     for outcomes in run_ranks(2, outcomes_of_this_rank):
-        assert len(outcomes) == len(CASES)
-        for case, result in outcomes.items():
-            assert result["largest"] <= result["bound"] + 1e-6, case
-            assert result["stepped"], case
-            assert result["restored"], case
-            assert result["continued"], case
+        check(outcomes)
+
+
+@pytest.mark.gpu
+def test_clamp_holds_and_state_resumes_on_a_gpu() -> None:
+    check(run_on_gpu(outcomes_of_this_rank))
+
+
+def check(outcomes: dict[str, Outcome]) -> None:
+    assert len(outcomes) == len(CASES)
+    for case, result in outcomes.items():
+        assert result["largest"] <= result["bound"] + 1e-6, case
+        assert result["stepped"], case
+        assert result["restored"], case
+        assert result["continued"], case
 
 
 def skips_of_this_rank() -> list[bool]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     return [step_is_skipped(*case) for case in itertools.product((0, 2, 3), (4, 2))]
 
 
@@ -112,7 +120,6 @@ def test_no_rank_steps_where_one_has_a_loss_that_is_not_finite() -> None:
 
 
 def unequal_parts_of_this_rank() -> str:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     engine = make_engine(2, "fp32")
     part = {name: tensor[: 4 - rank()] for name, tensor in batch().items()}
     if rank() == 0:
@@ -130,7 +137,6 @@ def test_unequal_parts_of_a_batch_are_refused() -> None:
 
 
 def offloaded_of_this_rank(empty_folder: str) -> list[bool]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     # On a machine without a compiler, where nothing has been compiled.
     os.environ["PATH"] = os.environ["TORCH_EXTENSIONS_DIR"] = empty_folder
     kept = []
@@ -144,7 +150,6 @@ def offloaded_of_this_rank(empty_folder: str) -> list[bool]:
 
 
 def fixed_temperature_of_this_rank() -> list[bool]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     kept = []
     for stage in (0, 2, 3):
         engine = make_engine(stage, "fp32", "loss.learn_temperature=false")
@@ -163,7 +168,6 @@ def test_a_fixed_temperature_stays_and_is_kept_with_the_state() -> None:
 
 
 def recomputed_of_this_rank() -> bool:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     engines = make_engine(3, "fp32"), make_engine(3, "fp32", "train.recompute=[image, text]")
     for engine in engines:
         engine.train_step(batch(), lr=1e-3)
@@ -185,3 +189,9 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def test_what_is_offloaded_trains_the_same_and_needs_no_compiler(tmp_path: Path) -> None:
     assert run_ranks(2, offloaded_of_this_rank, str(tmp_path)) == [[True] * 3] * 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_what_is_offloaded_or_made_again_trains_the_same_on_a_gpu(tmp_path: Path) -> None:
+    assert run_on_gpu(offloaded_of_this_rank, str(tmp_path)) == [True] * 3
+    assert run_on_gpu(recomputed_of_this_rank)

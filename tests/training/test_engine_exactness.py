@@ -7,7 +7,6 @@ to 1e-5 relative. AdamW's first moment after one step is the gradient, times 1 -
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import SHAPES_YAML
 from engine_state import whole_state
-from process_group import run_ranks
+from process_group import device, run_on_gpu, run_ranks
 from torch import Tensor
 
 from clip_ray.collectives import rank, world_size
@@ -81,7 +80,8 @@ def batch(captions: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
 
     def random(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, (GLOBAL_BATCH, *shape), generator=generator)
+        numbers = torch.randint(low, high, (GLOBAL_BATCH, *shape), generator=generator)
+        return numbers.to(device())
 
     return {
         "images": random(0, 256, SIZE, SIZE, 3).to(torch.uint8),
@@ -94,11 +94,10 @@ def new_model(config: Config):
     from clip_ray.model.clip import CLIP
 
     torch.manual_seed(0)
-    return CLIP(config.model, VOCABULARY, config.loss)
+    return CLIP(config.model, VOCABULARY, config.loss).to(device())
 
 
 def outcomes_of_this_rank(every: int) -> list[dict[str, Tensor]]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     return [outcome(case) for case in CASES[::every]]
 
 
@@ -152,11 +151,28 @@ def test_a_sample_of_the_engines_at_an_odd_world_size() -> None:
     compare(3, every=5)
 
 
+def found_and_expected() -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    return outcomes_of_this_rank(1), [expected(case) for case in CASES]
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu() -> None:
+    found, wanted = run_on_gpu(found_and_expected)
+    check([found], wanted, every=1)
+
+
 def compare(ranks: int, every: int) -> None:
     by_rank = run_ranks(ranks, outcomes_of_this_rank, every)
+    compared = check(by_rank, [expected(case) for case in CASES[::every]], every)
+    print(f"{len(CASES[::every])} engines, {compared} tensors at world size {ranks}")
+
+
+def check(
+    by_rank: list[list[dict[str, Tensor]]], expected: list[dict[str, Tensor]], every: int
+) -> int:
+    """How many tensors were compared."""
     compared = 0
-    for number, case in enumerate(CASES[::every]):
-        wanted_all = expected(case)
+    for number, (case, wanted_all) in enumerate(zip(CASES[::every], expected, strict=True)):
         norm_of_all = torch.stack([g.norm() for g in wanted_all.values()]).norm()
         for name, wanted in wanted_all.items():
             of_ranks = [outcomes[number][name] for outcomes in by_rank]
@@ -166,4 +182,4 @@ def compare(ranks: int, every: int) -> None:
             error = float((found - wanted).norm() / scale)
             assert error <= TOLERANCE, (case, name, error)
             compared += 1
-    print(f"{len(CASES[::every])} engines, {compared} tensors at world size {ranks}")
+    return compared

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import SHAPES_YAML
 from engine_state import whole_state
-from process_group import run_ranks
+from process_group import device, run_on_gpu, run_ranks
 from test_engine import batch, make_engine, same
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +31,6 @@ DROPOUT = ("model.image.kwargs.patch_drop_rate=0.5", "model.text.kwargs.attentio
 
 
 def averages_of_this_rank() -> list[bool]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     return [
         average_is_right(*case) for case in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
     ]
@@ -70,8 +68,12 @@ def test_the_moving_average_on_shards_is_that_of_the_weights() -> None:
     assert run_ranks(2, averages_of_this_rank) == [[True] * 4] * 2
 
 
+@pytest.mark.gpu
+def test_the_moving_average_on_a_gpu() -> None:
+    assert run_on_gpu(averages_of_this_rank) == [True] * 4
+
+
 def changes_of_this_rank() -> list[dict[str, float]]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     options = (
         "optim.image.trained_groups=2", "optim.image.layer_decay=0.5",
         "optim.text.trained_groups=0", "optim.weight_decay=0", "optim.grad_clip_norm=null",
@@ -112,10 +114,9 @@ def test_a_tower_has_no_more_groups_to_train_than_it_has() -> None:
 
 def replayed_of_this_rank() -> float:
     """Patch dropout and attention dropout in two forwards, against one graph over the same two."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     options = (*DROPOUT, "train.micro_batch=2", "optim.grad_clip_norm=null")
     engine = make_engine(2, "fp32", "cluster.num_workers=1", "train.global_batch=4", *options)
-    model = make_model(*options)
+    model = make_model(*options).to(device())
     torch.manual_seed(7)
     engine.train_step(batch(), lr=LR)
     torch.manual_seed(7)
@@ -130,7 +131,7 @@ def replayed_of_this_rank() -> float:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         if parameter.grad.norm() > 1e-6:
-            found = state[f"exp_avg/{name}"] / (1 - 0.9)
+            found = state[f"exp_avg/{name}"].to(device()) / (1 - 0.9)
             errors.append(float((found - parameter.grad).norm() / parameter.grad.norm()))
     return max(errors)
 
@@ -148,8 +149,12 @@ def test_dropout_is_replayed_in_the_second_forward() -> None:
     assert run_ranks(1, replayed_of_this_rank)[0] < 1e-5
 
 
+@pytest.mark.gpu
+def test_dropout_is_replayed_on_a_gpu() -> None:
+    assert run_on_gpu(replayed_of_this_rank) < 1e-5
+
+
 def compiled_of_this_rank() -> list[float]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     options = (*DROPOUT, "train.micro_batch=2")
     found = []
     for stage in (0, 2):
@@ -186,8 +191,13 @@ def test_compiled_towers_train_as_eager_ones_at_all_lengths_dropout_included() -
         assert max(errors) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_compiled_towers_train_as_eager_ones_on_a_gpu() -> None:
+    assert max(run_on_gpu(compiled_of_this_rank)) < 1e-5
+
+
 def reductions_of_this_rank() -> dict[str, int]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     return {
         f"{stage} {forwards}": reductions(stage, forwards)
         for stage in range(4)
@@ -220,7 +230,6 @@ def test_gradients_are_reduced_once_or_with_each_forward() -> None:
 
 
 def curves_of_this_rank(folder: str) -> list[list[float]]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     batches = shapes_batches(Path(folder))
     return [curve(stage, batches) for stage in range(4)]
 

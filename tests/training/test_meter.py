@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import pytest
@@ -39,7 +38,6 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
 
 
 def late_by_half_a_second() -> float:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     barrier()
     with profile(activities=[ProfilerActivity.CPU], acc_events=False) as profiler:
         if rank() == 1:

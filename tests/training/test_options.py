@@ -44,30 +44,37 @@ FIGURES = {
 }  # fmt: skip
 
 
-def run(config: Config, name: str, *overrides: str) -> list[dict[str, float]]:
-    """The log of a run of its own over the same data."""
-    config = override(config, [f"name={name}", *overrides])
-    train_model(config, lambda line: None)
-    lines = Storage(config.run_root).read_bytes("metrics.jsonl").decode().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.mark.cluster
 @pytest.mark.s3
-@pytest.mark.timeout(900)
-def test_every_option_learns(small_config: Config) -> None:
-    config = override(small_config, ["train.epochs=5", "checkpoint.every_epochs=5"])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_learns(small_config: Config, option: str) -> None:
+    check_that_it_learns(override(small_config, OPTIONS[option]))
+
+
+@pytest.mark.gpu
+@pytest.mark.s3
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_learns_on_a_gpu(small_config: Config, option: str) -> None:
+    on_gpu = ["cluster.num_workers=1", "cluster.gpus_per_worker=1"]
+    check_that_it_learns(override(small_config, [*OPTIONS[option], *on_gpu]))
+
+
+def check_that_it_learns(config: Config) -> None:
+    config = override(config, ["train.epochs=5", "checkpoint.every_epochs=5"])
     with session(config, lambda line: None):
         prepare_data(config, lambda line: None)
-        logs = {name: run(config, name, *options) for name, options in OPTIONS.items()}
-    for name, log in logs.items():
-        losses = [entry["loss"] for entry in log]
-        assert sum(losses[-4:]) < 0.95 * sum(losses[:4]), (name, losses)
-        assert log[-1].keys() >= FIGURES
-        assert 0 < log[-1]["compute_share"] <= 1
-        assert 0 < log[-1]["mfu"] < 1
-    events = list(scalars(Storage(override(config, ["name=bf16"]).run_root)))
-    assert ("loss", 20, pytest.approx(logs["bf16"][-1]["loss"], rel=1e-5)) in events
+        train_model(config, lambda line: None)
+    run = Storage(config.run_root)
+    log = [json.loads(line) for line in run.read_bytes("metrics.jsonl").splitlines()]
+    losses = [entry["loss"] for entry in log]
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4]), losses
+    assert log[-1].keys() >= FIGURES
+    assert 0 < log[-1]["compute_share"] <= 1
+    assert 0 < log[-1]["mfu"] < 1
+    events = list(scalars(run))
+    assert ("loss", 20, pytest.approx(losses[-1], rel=1e-5)) in events
     assert {name for name, _, _ in events} >= FIGURES | {"image_retrieval_recall_at_1"}
 
 

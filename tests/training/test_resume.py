@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import override
 from plain_run import Ended, plain_run
-from process_group import run_ranks
+from process_group import run_on_gpu, run_ranks
 
 from clip_ray.collectives import barrier, rank
 from clip_ray.config import Config
@@ -75,6 +75,13 @@ def test_a_cut_run_resumes_bit_for_bit(prepared: Config) -> None:
     outcomes = run_ranks(2, cuts_of_this_rank, prepared.model_dump(mode="json"))
     assert outcomes == [dict.fromkeys(each, True) for each in outcomes]
     assert len(outcomes[0]) == 4 * len(CUTS) + 1
+
+
+@pytest.mark.gpu
+def test_a_cut_run_resumes_bit_for_bit_on_a_gpu(prepared: Config) -> None:
+    config = override(prepared, ["cluster.num_workers=1", "train.precision=bf16"])
+    found = run_on_gpu(cuts_of_this_rank, config.model_dump(mode="json"))
+    assert found == dict.fromkeys(found, True)
 
 
 def damages_of_this_rank(tree: dict) -> list[str | int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import override
 from PIL import Image
 from test_gauges import dashboard_figures
 
@@ -18,8 +19,16 @@ from clip_ray.training.checkpoint import Checkpoints
 @pytest.mark.cluster
 @pytest.mark.s3
 @pytest.mark.timeout(600)
-def test_prepare_train_resume_and_load(small_config: Config) -> None:
-    said: list[str] = []
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        ["cluster.num_workers=2"],
+        pytest.param(["cluster.num_workers=1", "cluster.gpus_per_worker=1"], marks=pytest.mark.gpu),
+    ],
+    ids=["two workers", "a GPU"],
+)
+def test_prepare_train_resume_and_load(small_config: Config, cluster: list[str]) -> None:
+    small_config, said = override(small_config, cluster), []
     run = Storage(small_config.run_root)
     with session(small_config, said.append):
         prepare_data(small_config, said.append)
