@@ -22,8 +22,10 @@ class LossConfig(Section):
         description="All equal; gathered holds B×G logits, tiled one tile of them and all "
         "features, ring a tile and the features of two workers; auto chooses by size.",
     )
-    tile: Annotated[int, Field(ge=1)] = Field(
-        default=512, description="Rows and columns of logits that tiled and ring hold at a time."
+    tile: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Rows and columns of logits that tiled and ring hold at a time; null takes "
+        "512 on a CPU, 4096 on a GPU.",
     )
     positives: Literal["shared", "masked"] = Field(
         default="shared",

@@ -7,6 +7,7 @@ before the one before it ends.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,16 +42,16 @@ def training_stream(spec: StreamSpec, rank: int, steps: range) -> Iterator[Array
     Needs a Ray session. The arrays are those of `load_unit`, read-only, for one step each. Raises
     RunError where the stream brings another step than the next one.
     """
-    return checked_micro_batches(_chain(spec, rank, steps), rank, steps.start)
+    return checked_micro_batches(_chain(spec, rank, steps), rank, steps.start, spec.local_batch)
 
 
 def _chain(spec: StreamSpec, rank: int, steps: range) -> Iterator[Arrays]:
-    link_steps = spec.units_per_link * spec.steps_per_unit
+    link_steps = max(1, spec.units_per_link // spec.units_per_step) * spec.steps_per_unit
     link = _Link(spec, rank, steps[:link_steps])
     while link is not None:
         following, rest = None, steps[link_steps:]
         for number, unit in enumerate(link):
-            if rest and following is None and number + UNITS_AHEAD >= spec.units_per_link:
+            if rest and following is None and number + UNITS_AHEAD >= len(link):
                 following = _Link(spec, rank, rest[:link_steps])
             yield unit
         link, steps = following, rest
@@ -60,8 +61,10 @@ class _Link:
     """One execution over a range of steps, begun at once."""
 
     def __init__(self, spec: StreamSpec, rank: int, steps: range) -> None:
-        firsts = steps[:: spec.steps_per_unit]
-        blocks = [pa.table({"first_step": [first]}) for first in firsts]
+        firsts, parts = steps[:: spec.steps_per_unit], range(spec.units_per_step)
+        places = itertools.product(firsts, parts)
+        blocks = [pa.table({"first_step": [first], "part": [part]}) for first, part in places]
+        self._length = len(blocks)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
         context.custom_execution_callback_classes = [_Unhurried]
@@ -90,6 +93,9 @@ class _Link:
         self._first = starter.submit(next, self._units)
         starter.shutdown(wait=False)
 
+    def __len__(self) -> int:
+        return self._length
+
     def __iter__(self) -> Iterator[Arrays]:
         yield self._first.result()
         yield from self._units
@@ -113,15 +119,17 @@ class UnitLoader:
         self._spec, self._rank, self._end_step = spec, rank, end_step
 
     def __call__(self, batch: Arrays) -> Arrays:
-        """The unit that begins at the step in `batch`."""
-        (first,) = batch["first_step"].tolist()
+        """The part in `batch` of the unit that begins at the step there."""
+        (first,), (part,) = batch["first_step"].tolist(), batch["part"].tolist()
         last = min(first + self._spec.steps_per_unit, self._end_step)
-        return load_unit(self._spec, self._rank, range(first, last))
+        return load_unit(self._spec, self._rank, range(first, last), part)
 
 
-def checked_micro_batches(units: Iterator[Arrays], rank: int, start_step: int) -> Iterator[Arrays]:
+def checked_micro_batches(
+    units: Iterator[Arrays], rank: int, start_step: int, local_batch: int
+) -> Iterator[Arrays]:
     """The micro batches of one rank, each proved to be the next one. Raises RunError if not."""
-    step = start_step
+    step, parts, missing = start_step, [], local_batch
     for unit in units:
         place = unit.pop("place")
         # Where the step changes from one row to the next.
@@ -133,5 +141,15 @@ def checked_micro_batches(units: Iterator[Arrays], rank: int, start_step: int) -
                 raise RunError(
                     f"rank {rank} expected step {step}, the stream brought {sorted(found)}"
                 )
-            yield {name: array[start:end] for name, array in unit.items()}
-            start, step = end, step + 1
+            parts.append({name: array[start:end] for name, array in unit.items()})
+            missing -= end - start
+            start = end
+            if not missing:
+                yield _joined(parts)
+                step, parts, missing = step + 1, [], local_batch
+
+
+def _joined(parts: list[Arrays]) -> Arrays:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,8 +1,12 @@
-"""A unit of the stream's work: the micro batches of one rank at a few steps. No torch, no Ray."""
+"""A unit of the stream's work: one rank's samples of a few steps, or of a part of one.
+
+No torch, no Ray.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ from clip_ray.storage import Storage
 
 Arrays = dict[str, NDArray[Any]]
 # A unit costs Ray some 10 ms: it is large enough to make that little, and small enough that the
-# batches of all readers come evenly.
+# batches of all readers come evenly. What is more than twice as much is made in parts.
 UNIT_IMAGES = 128
 UNITS_PER_LINK = 2000
 # Readers are threads. Two of a process make one unit together, so that units are ready one by one;
@@ -47,6 +51,7 @@ class StreamSpec:
     readers: int  # for each rank
     reader_labels: Mapping[str, str]  # of the nodes they run on
     steps_per_unit: int  # whose micro batches one task makes
+    units_per_step: int = 1  # tasks that make one micro batch; more than one where it is large
     units_per_link: int = UNITS_PER_LINK
 
     @property
@@ -55,10 +60,15 @@ class StreamSpec:
         return 1 if self.readers % READERS_PER_PROCESS else READERS_PER_PROCESS
 
     @property
+    def local_batch(self) -> int:
+        """Images of a rank in a step."""
+        return self.order.global_batch // self.world_size
+
+    @property
     def unit_bytes(self) -> int:
         """Size of a unit's images."""
-        micro_batch = self.order.global_batch // self.world_size
-        return self.steps_per_unit * micro_batch * self.image_size**2 * 3
+        images = self.steps_per_unit * self.local_batch // self.units_per_step
+        return images * self.image_size**2 * 3
 
 
 def stream_spec(
@@ -74,6 +84,7 @@ def stream_spec(
     reader_labels: Mapping[str, str] | None = None,
 ) -> StreamSpec:
     """Gathers what the readers need."""
+    local_batch = order.global_batch // world_size
     return StreamSpec(
         data_root=storage.root,
         shards_json=TypeAdapter(list[Shard]).dump_json(manifest.splits["train"]).decode(),
@@ -85,21 +96,23 @@ def stream_spec(
         context_length=tokenizer.context_length,
         readers=readers,
         reader_labels=reader_labels or {},
-        steps_per_unit=max(1, UNIT_IMAGES // (order.global_batch // world_size)),
+        steps_per_unit=max(1, UNIT_IMAGES // local_batch),
+        units_per_step=math.ceil(local_batch / (2 * UNIT_IMAGES)),
     )
 
 
-def load_unit(spec: StreamSpec, rank: int, steps: range) -> Arrays:
-    """Reads, decodes, crops and tokenises a unit: the micro batches of `rank` at `steps`.
+def load_unit(spec: StreamSpec, rank: int, steps: range, part: int = 0) -> Arrays:
+    """Reads, decodes, crops and tokenises a unit: a part of the micro batches of `rank` at `steps`.
 
     Returns images [B, H, W, 3] uint8, token_ids [B, k, L] int32, token_lengths [B, k] int32 of the
     k captions of each image, sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all
-    steps of the unit.
+    steps of the unit. `part` is one of `spec.units_per_step`.
     """
-    _prefetch(spec, steps, rank)
+    _prefetch(spec, steps, rank, part)
     slices = [np.array_split(spec.order.sample_ids(step), spec.world_size)[rank] for step in steps]
-    sample_ids = np.concatenate(slices)
-    place = np.repeat([(step, rank) for step in steps], [len(part) for part in slices], axis=0)
+    place = np.repeat([(step, rank) for step in steps], [len(each) for each in slices], axis=0)
+    sample_ids = np.array_split(np.concatenate(slices), spec.units_per_step)[part]
+    place = np.array_split(place, spec.units_per_step)[part]
     images, texts = _views(spec, place[:, 0].tolist(), sample_ids.tolist())
     token_ids, token_lengths = _tokenizer(spec)(texts)
     captions = (len(sample_ids), spec.data.captions_per_image)
@@ -142,11 +155,12 @@ def _draw(captions: Sequence[str], count: int, rng: np.random.Generator) -> list
     return [captions[order[number % len(order)]] for number in range(count)]
 
 
-def _prefetch(spec: StreamSpec, steps: range, rank: int) -> None:
-    """This rank's share of the blocks that come into use one window later."""
+def _prefetch(spec: StreamSpec, steps: range, rank: int, part: int) -> None:
+    """This unit's share of the blocks that come into use one window later."""
     reader, rows = _reader(spec), spec.order.block_rows
     for step in steps:
-        starts = spec.order.blocks_ahead(step)[rank :: spec.world_size] * rows
+        of_rank = spec.order.blocks_ahead(step)[rank :: spec.world_size]
+        starts = of_rank[part :: spec.units_per_step] * rows
         reader.prefetch(min(start, len(reader) - 1) for start in starts.tolist())
 
 

@@ -21,6 +21,8 @@ from clip_ray.loss.tiled import Tiling, tiled_logsumexp, tiled_softplus
 # Above this, logits are not held whole; and above that, features neither.
 LARGEST_LOGITS_BYTES = 64 * 2**20
 LARGEST_GATHERED_BYTES = 2**30
+# What a CPU's cache holds; what keeps a GPU busy.
+CPU_TILE, GPU_TILE = 512, 4096
 
 
 def contrastive_loss(
@@ -109,7 +111,7 @@ def _sigmoid(
     if method == "gathered":
         rows = gathered_softplus(images, texts, scale, bias)
     else:
-        rows = tiled_softplus(images, texts, scale, bias, _tiling(method, config))
+        rows = tiled_softplus(images, texts, scale, bias, _tiling(method, config, images.device))
     positive_texts, _, counts = positive_means(images, texts, image_ids)
     positive_logits = counts * (scale * (images * positive_texts).sum(1) + bias)
     return (rows - positive_logits).sum() / len(texts)
@@ -125,11 +127,12 @@ def _logsumexp(
 ) -> tuple[Tensor, Tensor]:
     if method == "gathered":
         return gathered_logsumexp(images, texts, scale, ids)
-    return tiled_logsumexp(images, texts, scale, ids, _tiling(method, config))
+    return tiled_logsumexp(images, texts, scale, ids, _tiling(method, config, images.device))
 
 
-def _tiling(method: str, config: LossConfig) -> Tiling:
-    return Tiling(Ring() if method == "ring" else AllGather(), config.tile)
+def _tiling(method: str, config: LossConfig, device: torch.device) -> Tiling:
+    tile = config.tile or (CPU_TILE if device.type == "cpu" else GPU_TILE)
+    return Tiling(Ring() if method == "ring" else AllGather(), tile)
 
 
 def _softplus(x: Tensor) -> Tensor:

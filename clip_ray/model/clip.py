@@ -22,6 +22,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, loss: LossConfig) -> None:
         super().__init__()
+        self._compiled = False
         self.image = ImageTower(config.image)
         self.text = TextTower(config.text, vocab_size)
         self.architecture = config.model_copy(
@@ -52,7 +53,8 @@ class CLIP(nn.Module):
 
         config.fallback_random = True
         self.image.compile(dynamic=False)
-        self.text.compile()  # whose batches differ in length: twice, the second time for any
+        self.text.compile()
+        self._compiled = True
 
     def forward(
         self,
@@ -69,6 +71,8 @@ class CLIP(nn.Module):
         if images is not None:
             image_features = _unit(self.image_projection(self.image(images)))
         if token_ids is not None and token_lengths is not None:
+            if self._compiled:  # once for texts of any length
+                torch._dynamo.maybe_mark_dynamic(token_ids, 1)
             text_features = _unit(self.text_projection(self.text(token_ids, token_lengths)))
         bias = None if self.logit_bias is None else _wide(self.logit_bias)
         return image_features, text_features, _wide(self.logit_scale).exp(), bias

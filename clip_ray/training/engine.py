@@ -53,6 +53,9 @@ class Engine:
         logger.setLevel(logging.WARNING)
         self.max_logit_scale = math.log(config.loss.max_scale)
         self.precision: Precision = resolve_precision(config.train.precision)
+        if self.precision == "fp32":
+            # PyTorch's convolutions round to TF32 on their own, its matrix products do not.
+            torch.backends.cudnn.allow_tf32 = False
         self._loss_config = config.loss
         self._local_batch, self._micro_batch = config.local_batch, config.micro_batch
         model.recompute(config.train.recompute)

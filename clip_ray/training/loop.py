@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from clip_ray.collectives import (
     all_gather_objects,
@@ -26,11 +24,11 @@ from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
 from clip_ray.model.clip import CLIP
 from clip_ray.model.pretrained import load_weights, pack_weights
-from clip_ray.model.towers import without_padding
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import Checkpoint, Checkpoints
 from clip_ray.training.context import Asked, WorkerContext
-from clip_ray.training.engine import INPUTS, Engine, StepResult, deepspeed_config
+from clip_ray.training.engine import Engine, StepResult, deepspeed_config
+from clip_ray.training.feed import on_device
 from clip_ray.training.flops import StepFlops
 from clip_ray.training.hardware import device_name
 from clip_ray.training.ledger import Entry
@@ -82,13 +80,15 @@ class Trainer:
 
     def _run_steps(self) -> None:
         micro_batches = self.context.micro_batches(range(self.start_step, self.total_steps))
+        twice = self.config.data.captions_per_image > 1
+        batches = on_device(micro_batches, self.engine.device, with_image_ids=twice)
         self._meter = self._new_meter()
         flops = StepFlops(self.config, self.tokenizer.vocab_size)
         self._nodes = all_gather_objects(self.context.node)
         self._started_s = time.monotonic()
         for step in range(self.start_step, self.total_steps):
             with self._meter.waiting():
-                batch = self._on_device(next(micro_batches))
+                batch = next(batches)
             lr = learning_rate(step, self.total_steps, self.config.optim)
             torch.manual_seed(step_seed(self.config.seed, step, rank()))
             with self._meter.step(flops(batch["token_ids"].shape[-1])):
@@ -169,15 +169,6 @@ class Trainer:
                 f"more than train.max_skipped_in_a_row ({self.config.train.max_skipped_in_a_row}); "
                 f"lower optim.lr or take train.precision=fp32. The batch's samples: {ids}"
             )
-
-    def _on_device(self, micro_batch: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
-        with warnings.catch_warnings():  # Ray's arrays are read-only, and nobody writes to them
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensors = {name: torch.from_numpy(micro_batch[name]) for name in INPUTS}
-            tensors["token_ids"] = without_padding(tensors["token_ids"], tensors["token_lengths"])
-            if self.config.data.captions_per_image > 1:
-                tensors["image_ids"] = torch.from_numpy(micro_batch["sample_ids"])
-        return {name: tensor.to(self.engine.device) for name, tensor in tensors.items()}
 
     def _log_step(self, step: int, result: StepResult, lr: float) -> None:
         entry = {

@@ -1,7 +1,7 @@
 """Time and memory of the losses beside open_clip's ClipLoss: one rank's share of a global batch.
 
     python tests/bench/loss.py [--local 2048] [--ranks 8] [--large 8192] [--repeats 5] [--json]
-                               [--tile 1024] [--device cpu]
+                               [--tile 512] [--device cpu]
 
 Each case is a fresh process that plays rank 0 of `--ranks` with torch's fake process group: every
 tensor has its real size and every product is computed, but nothing is sent, so communication is
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--large", type=int, default=8192, help="pairs for the tiled loss alone")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tile", type=int, default=LossConfig().tile)
+    parser.add_argument("--tile", type=int, help="of the logits; else the device's")
     parser.add_argument("--device", choices=TOWER_BATCH, default="cpu")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -76,7 +76,8 @@ def main() -> None:
 
 def run_case(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     options = ("local", "ranks", "repeats", "tile", "device")
-    words = [word for name in options for word in (f"--{name}", str(getattr(arguments, name)))]
+    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name)}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), "--case", case, *words],
         stdout=subprocess.PIPE, text=True, check=True, timeout=CASE_TIMEOUT_S,
@@ -133,7 +134,7 @@ def status_gb(field: str) -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def step_of(case: str, local: int, tile: int) -> Step:
+def step_of(case: str, local: int, tile: int | None) -> Step:
     """Forward and backward of a loss, its features made."""
     if case == "towers":
         return towers_step()
@@ -151,7 +152,7 @@ def step_of(case: str, local: int, tile: int) -> Step:
     return step
 
 
-def loss_of(case: str, tile: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def loss_of(case: str, tile: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if case in OURS:
         config = LossConfig.model_validate({"method": case, "tile": tile})
         return lambda images, texts, scale: contrastive_loss(

@@ -63,7 +63,7 @@ LARGE = Towers(
 )  # fmt: skip
 TOWERS = {
     "large": LARGE,
-    "gpu": replace(LARGE, local_batch=1024, steps=40, first=20, workers=1, gpus=1, readers=12),
+    "gpu": replace(LARGE, local_batch=1024, steps=30, first=10, workers=1, gpus=1, readers=12),
     # The readers begin some 40 steps ahead, which is not what lasts.
     "tiny": Towers(
         size=112,

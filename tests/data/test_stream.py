@@ -63,6 +63,21 @@ def test_a_run_is_a_chain_of_executions(small_config: Config) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.s3
+def test_a_large_micro_batch_is_made_in_parts(small_config: Config) -> None:
+    """Of 12 images in 5 units, which do not divide it, in links of five steps."""
+    with session(small_config, print):
+        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
+        whole = dataclasses.replace(spec_of(small_config, manifest, 2, readers=3), steps_per_unit=1)
+        parts = dataclasses.replace(whole, units_per_step=5, units_per_link=29)
+        ids = stream_ids(parts)
+        (joined,) = training_stream(parts, 1, range(4, 5))
+        made_at_once = load_unit(whole, 1, range(4, 5))
+    assert ids == [whole.order.sample_ids(step).tolist() for step in range(START, END)]
+    assert all(np.array_equal(joined[name], made_at_once[name]) for name in joined)
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
 def test_killed_readers_change_nothing(small_config: Config) -> None:
     with session(small_config, print):
         manifest = prepare(small_config.data, Storage(small_config.data_root), print)
@@ -152,8 +167,9 @@ def test_a_sample_is_the_same_at_every_world_size_and_from_all_threads(
 
 
 def test_a_micro_batch_in_the_wrong_place_is_an_error() -> None:
-    places = [np.array([[4, 0], [4, 0], [5, 0]]), np.array([[7, 0]])]
-    checked = checked_micro_batches(({"place": place} for place in places), rank=0, start_step=4)
+    places = [np.array([[4, 0], [4, 0], [5, 0], [5, 0]]), np.array([[7, 0]])]
+    units = ({"place": place} for place in places)
+    checked = checked_micro_batches(units, rank=0, start_step=4, local_batch=2)
     assert [next(checked), next(checked)] == [{}, {}]
     with pytest.raises(RunError, match=r"rank 0 expected step 6, the stream brought \[\(7, 0\)\]"):
         next(checked)

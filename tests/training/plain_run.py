@@ -43,10 +43,13 @@ class PlainContext:
         self.said: list[str] = []
 
     def micro_batches(self, steps: range) -> Iterator[dict[str, Any]]:
+        self._done = steps.start
+        return self._units(steps)
+
+    def _units(self, steps: range) -> Iterator[dict[str, Any]]:
         for step in steps:
             unit = load_unit(self._spec, rank(), range(step, step + 1))
             self.ids[step] = unit["sample_ids"].tolist()
-            self._done = step + 1
             yield unit
 
     def progress(self, state: dict[str, Any]) -> None:
@@ -59,6 +62,7 @@ class PlainContext:
         pass
 
     def asked(self) -> Asked:
+        self._done += 1
         if self._done == self._cut_at:
             raise Cut
         return Asked.STOP if self._done == self._stop_at else Asked.NOTHING

@@ -155,16 +155,21 @@ def test_dropout_is_replayed_on_a_gpu() -> None:
 
 
 def compiled_of_this_rank() -> list[float]:
+    from torch._dynamo.utils import counters  # slow to import
+
     options = (*DROPOUT, "train.micro_batch=2")
     found = []
     for stage in (0, 2):
-        states = []
+        states, graphs = [], []
         for compiled in ("false", "true"):
             engine = make_engine(stage, "fp32", *options, f"train.compile={compiled}")
             torch.manual_seed(7)
             for text_length in (40, 24, 32):
                 engine.train_step(with_texts_of(text_length), lr=LR)
+                if compiled == "true":
+                    graphs.append(counters["stats"]["unique_graphs"])
             states.append(whole_state(engine))
+        assert len(set(graphs)) == 1  # compiled once for all lengths
         found.append(distance(*states))
     return found
 
