@@ -83,7 +83,8 @@ def without_padding(token_ids: Tensor, token_lengths: Tensor) -> Tensor:
     before the tensors go to a GPU, which it would wait for.
     """
     longest = int(token_lengths.max())
-    return token_ids[..., : math.ceil(longest / TEXT_LENGTH_STEP) * TEXT_LENGTH_STEP]
+    # Strides of its own: compiled code is made anew for those of another tensor.
+    return token_ids[..., : math.ceil(longest / TEXT_LENGTH_STEP) * TEXT_LENGTH_STEP].contiguous()
 
 
 def _build_trunk(config: ImageTowerConfig) -> nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip_ray.collectives import gather_rows, rank, world_size
+from clip_ray.collectives import gather_rows, max_over_ranks, rank, world_size
 from clip_ray.config import Config
 from clip_ray.data.images import decode_rgb
 from clip_ray.data.reader import open_reader
@@ -71,7 +71,7 @@ class Validation:
         forwards = (
             math.ceil(largest / self._batch) if world_size() > 1 else math.ceil(count / self._batch)
         )
-        forwards = int(gather_rows(torch.tensor([forwards])).max())
+        (forwards,) = max_over_ranks([forwards])
         parts = []
         for number in range(forwards):
             rows = torch.arange(number * self._batch, (number + 1) * self._batch).clamp(
@@ -79,6 +79,6 @@ class Validation:
             )
             features = encode(rows.unique())
             assert features is not None
-            parts.append(features.cpu())
-        mine = torch.cat(parts)[:count]
-        return gather_rows(mine)
+            parts.append(features)
+        # Gathered where they are: NCCL takes nothing from a CPU.
+        return gather_rows(torch.cat(parts)[:count]).cpu()

@@ -24,6 +24,7 @@ from clip_ray.data.tokenizer import make_tokenizer
 from clip_ray.data.transforms import center_crop
 from clip_ray.errors import ConfigError
 from clip_ray.loss.reference import info_nce_reference
+from clip_ray.model.towers import without_padding
 from clip_ray.training.schedule import learning_rate
 
 LR = 1e-3
@@ -169,17 +170,17 @@ def compiled_of_this_rank() -> list[float]:
                 if compiled == "true":
                     graphs.append(counters["stats"]["unique_graphs"])
             states.append(whole_state(engine))
-        assert len(set(graphs)) == 1  # compiled once for all lengths
+        assert len(set(graphs)) == 1, graphs  # compiled once for all lengths
         found.append(distance(*states))
     return found
 
 
 def with_texts_of(length: int) -> dict[str, Tensor]:
     whole = batch()
-    return whole | {
-        "token_ids": whole["token_ids"][..., :length],
-        "token_lengths": whole["token_lengths"].clamp(max=length),
-    }
+    lengths = whole["token_lengths"].clamp(max=length)
+    lengths[::2] = length
+    token_ids = without_padding(whole["token_ids"], lengths)
+    return whole | {"token_ids": token_ids, "token_lengths": lengths}
 
 
 def distance(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
