@@ -25,7 +25,7 @@ class LossConfig(Section):
     tile: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="Rows and columns of logits that tiled and ring hold at a time; null takes "
-        "512 on a CPU, 4096 on a GPU.",
+        "512 on a CPU, 2048 on a GPU.",
     )
     positives: Literal["shared", "masked"] = Field(
         default="shared",

@@ -28,8 +28,10 @@ from clip_ray.storage import Storage
 
 Arrays = dict[str, NDArray[Any]]
 # A unit costs Ray some 10 ms: it is large enough to make that little, and small enough that the
-# batches of all readers come evenly. What is more than twice as much is made in parts.
+# batches of all readers come evenly, and that a few of each reader fit in the object store. A micro
+# batch of more than twice as much is made in parts.
 UNIT_IMAGES = 128
+UNIT_BYTES = 20 * 2**20
 UNITS_PER_LINK = 2000
 # Readers are threads. Two of a process make one unit together, so that units are ready one by one;
 # more would wait for the interpreter.
@@ -85,6 +87,7 @@ def stream_spec(
 ) -> StreamSpec:
     """Gathers what the readers need."""
     local_batch = order.global_batch // world_size
+    images_per_unit = max(1, min(UNIT_IMAGES, UNIT_BYTES // (image_size**2 * 3)))
     return StreamSpec(
         data_root=storage.root,
         shards_json=TypeAdapter(list[Shard]).dump_json(manifest.splits["train"]).decode(),
@@ -96,8 +99,8 @@ def stream_spec(
         context_length=tokenizer.context_length,
         readers=readers,
         reader_labels=reader_labels or {},
-        steps_per_unit=max(1, UNIT_IMAGES // local_batch),
-        units_per_step=math.ceil(local_batch / (2 * UNIT_IMAGES)),
+        steps_per_unit=max(1, images_per_unit // local_batch),
+        units_per_step=math.ceil(local_batch / (2 * images_per_unit)),
     )
 
 

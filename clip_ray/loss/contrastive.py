@@ -21,8 +21,8 @@ from clip_ray.loss.tiled import Tiling, tiled_logsumexp, tiled_softplus
 # Above this, logits are not held whole; and above that, features neither.
 LARGEST_LOGITS_BYTES = 64 * 2**20
 LARGEST_GATHERED_BYTES = 2**30
-# What a CPU's cache holds; what keeps a GPU busy.
-CPU_TILE, GPU_TILE = 512, 4096
+# What a CPU's cache holds; what keeps a GPU busy in little memory.
+CPU_TILE, GPU_TILE = 512, 2048
 
 
 def contrastive_loss(

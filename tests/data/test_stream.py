@@ -95,16 +95,23 @@ def test_killed_readers_change_nothing(small_config: Config) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_a_slow_consumer_makes_nothing_spill(small_config: Config) -> None:
-    """Twice the object store's size goes through it, much slower than the reader could."""
+@pytest.mark.parametrize(
+    ("image_size", "global_batch", "readers"),
+    [(224, 24, 1), (640, 128, 8)],
+    ids=["small batches", "large batches and many readers"],
+)
+def test_a_slow_consumer_makes_nothing_spill(
+    small_config: Config, image_size: int, global_batch: int, readers: int
+) -> None:
+    """Twice the object store's size goes through it, much slower than the readers could."""
     store_bytes = 512 * 2**20
     ray.init("local", num_cpus=4, object_store_memory=store_bytes, include_dashboard=False)
     try:
         manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        spec = dataclasses.replace(spec_of(small_config, manifest, 1), image_size=224)
-        steps = 2 * store_bytes // (24 * 224 * 224 * 3)
+        spec = spec_of(small_config, manifest, 1, readers, image_size, global_batch)
+        steps = 2 * store_bytes // (global_batch * image_size**2 * 3)
         for micro_batch in training_stream(spec, 0, range(steps)):
-            assert len(micro_batch["images"]) == 24
+            assert len(micro_batch["images"]) == global_batch
             time.sleep(0.03)
         address = ray.get_runtime_context().gcs_address
         assert "Spilled" not in memory_summary(address, stats_only=True)
@@ -134,16 +141,25 @@ def consume(spec: StreamSpec, rank: int) -> list[list[int]]:
     return ids
 
 
-def spec_of(config: Config, manifest: Manifest, world_size: int, readers: int = 1) -> StreamSpec:
+def spec_of(
+    config: Config,
+    manifest: Manifest,
+    world_size: int,
+    readers: int = 1,
+    image_size: int = 64,
+    global_batch: int = 24,
+) -> StreamSpec:
     return stream_spec(
         data=config.data,
         storage=Storage(config.data_root),
         manifest=manifest,
         tokenizer=make_tokenizer(config.model.text, ["a large red star at the top left"]),
-        order=Order(config.seed, manifest.rows("train"), 24, block_rows=8, window_blocks=8),
+        order=Order(
+            config.seed, manifest.rows("train"), global_batch, block_rows=8, window_blocks=8
+        ),
         world_size=world_size,
         readers=readers,
-        image_size=config.model.image.size,
+        image_size=image_size,
     )
 
 
