@@ -29,7 +29,7 @@ from clip_ray.storage import Storage
 Arrays = dict[str, NDArray[Any]]
 # A unit costs Ray some 10 ms: it is large enough to make that little, and small enough that the
 # batches of all readers come evenly, and that a few of each reader fit in the object store. A micro
-# batch of more than twice as much is made in parts.
+# batch of more is made in parts.
 UNIT_IMAGES = 128
 UNIT_BYTES = 20 * 2**20
 UNITS_PER_LINK = 2000
@@ -100,7 +100,7 @@ def stream_spec(
         readers=readers,
         reader_labels=reader_labels or {},
         steps_per_unit=max(1, images_per_unit // local_batch),
-        units_per_step=math.ceil(local_batch / (2 * images_per_unit)),
+        units_per_step=math.ceil(local_batch / images_per_unit),
     )
 
 

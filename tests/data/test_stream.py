@@ -104,7 +104,7 @@ def test_a_slow_consumer_makes_nothing_spill(
     small_config: Config, image_size: int, global_batch: int, readers: int
 ) -> None:
     """Twice the object store's size goes through it, much slower than the readers could."""
-    store_bytes = 512 * 2**20
+    store_bytes = 2**30 if readers > 1 else 2**29
     ray.init("local", num_cpus=4, object_store_memory=store_bytes, include_dashboard=False)
     try:
         manifest = prepare(small_config.data, Storage(small_config.data_root), print)
