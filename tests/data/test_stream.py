@@ -64,11 +64,11 @@ def test_a_run_is_a_chain_of_executions(small_config: Config) -> None:
 @pytest.mark.cluster
 @pytest.mark.s3
 def test_a_large_micro_batch_is_made_in_parts(small_config: Config) -> None:
-    """Of 12 images in 5 units, which do not divide it, in links of five steps."""
+    """Of 12 images in 5 units, which do not divide it, in links of six steps."""
     with session(small_config, print):
         manifest = prepare(small_config.data, Storage(small_config.data_root), print)
         whole = dataclasses.replace(spec_of(small_config, manifest, 2, readers=3), steps_per_unit=1)
-        parts = dataclasses.replace(whole, units_per_step=5, units_per_link=29)
+        parts = dataclasses.replace(whole, units_per_step=5, units_per_link=31)
         ids = stream_ids(parts)
         (joined,) = training_stream(parts, 1, range(4, 5))
         made_at_once = load_unit(whole, 1, range(4, 5))
