@@ -90,7 +90,8 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, float]:
 def measure(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """The first step's peak, and the median time of those after it."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=arguments.ranks)
-    torch.set_default_device(arguments.device)
+    if arguments.device == "cuda":
+        torch.set_default_device("cuda")
     step_of(case, 64, arguments.tile)()  # what libraries hold for themselves
     step = step_of(case, arguments.local, arguments.tile)
     before_gb = held_gb()
