@@ -119,7 +119,7 @@ class UnitLoader:
         self._spec, self._rank, self._end_step = spec, rank, end_step
 
     def __call__(self, batch: Arrays) -> Arrays:
-        """The part in `batch` of the unit that begins at the step there."""
+        """The unit in `batch`: the step it begins at, and which part of it."""
         (first,), (part,) = batch["first_step"].tolist(), batch["part"].tolist()
         last = min(first + self._spec.steps_per_unit, self._end_step)
         return load_unit(self._spec, self._rank, range(first, last), part)
