@@ -30,6 +30,7 @@ from clip_ray.config_file import dump_config, load_config
 from clip_ray.data.prepare import prepare
 from clip_ray.data.shapes import ShapesSpec, write_shapes
 from clip_ray.errors import RunError
+from clip_ray.ports import free_ports
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import Checkpoints
 from clip_ray.training.ledger import Ledger, State
@@ -250,7 +251,7 @@ def _environment_kept() -> Iterator[None]:
 
 def one_machine() -> Cluster:
     """A head without CPUs, to which nodes are added, all at this machine's address."""
-    head: dict[str, Any] = {"num_cpus": 0, "object_store_memory": 200 * 2**20}
+    head = {"num_cpus": 0, "object_store_memory": 200 * 2**20, "dashboard_port": free_ports(1)[0]}
     return Cluster(initialize_head=True, head_node_args=head)
 
 

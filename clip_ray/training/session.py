@@ -70,6 +70,10 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
             "include_dashboard": dashboard,
             "object_store_memory": 2**30,
         }
+        if not dashboard:
+            # Ray tells a port all the same, where another Ray's may answer; Ray Train asks there
+            # whether its controller lives, and ends the workers of one that is not known.
+            arguments["dashboard_port"] = free_ports(1)[0]
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What a submitted job's runtime_env says already may be said again here.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")

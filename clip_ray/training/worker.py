@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -51,10 +53,21 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     config = parse_config(loop_config["config"], origin="the run's config")
     config = config.at_world_size(ray.train.get_context().get_world_size())
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    if config.train.compile and not config.cluster.gpus_per_worker:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_folder_of_worker_group())
     tokenizer_json = Storage(config.run_root).read_bytes(TOKENIZER_KEY).decode()
     tokenizer = CaptionTokenizer(tokenizer_json, config.model.text.context_length)
     context = RayContext(config, tokenizer, loop_config["owner"], loop_config["board"])
     Trainer(config, tokenizer, context).train()
+
+
+def _folder_of_worker_group() -> Path:
+    """In Ray's folder of this node, for what this start of the workers compiles.
+
+    A C++ library whose link was killed stays in Inductor's cache: every later start would fail.
+    """
+    group: Any = ray.util.get_current_placement_group()
+    return Path.cwd() / f"compiled-{group.id.hex()}"
 
 
 class RayContext:

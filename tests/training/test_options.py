@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import override
@@ -47,9 +48,21 @@ FIGURES = {
 @pytest.mark.cluster
 @pytest.mark.s3
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "compile"])
 def test_every_option_learns(small_config: Config, option: str) -> None:
     check_that_it_learns(override(small_config, OPTIONS[option]))
+
+
+@pytest.mark.cluster
+@pytest.mark.s3
+@pytest.mark.timeout(900)
+def test_compiled_towers_learn_though_a_worker_dies_while_it_compiles(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(Path(__file__).parent.parent / "dying_compiler.py"))
+    monkeypatch.setenv("CLIP_RAY_TEST_DIED", str(tmp_path / "died"))
+    check_that_it_learns(override(small_config, OPTIONS["compile"]))
+    assert (tmp_path / "died").exists()
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from clip_ray.config import Config
 from clip_ray.data.prepare import prepare
 from clip_ray.errors import RunError
 from clip_ray.pipeline import session
+from clip_ray.ports import free_ports
 from clip_ray.storage import Storage
 from clip_ray.training import launch
 
@@ -27,7 +28,8 @@ STORE: dict[str, Any] = {"object_store_memory": 200 * 2**20}
 @pytest.fixture
 def cluster(s3_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Two nodes for workers, and one for readers, which is labelled so."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **STORE})
+    head = {"num_cpus": 0, "dashboard_port": free_ports(1)[0], **STORE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=4, **STORE)
     cluster.add_node(num_cpus=4, labels={"role": "reader"}, **STORE)

@@ -8,6 +8,7 @@ import pytest
 import ray
 from conftest import SHAPES_YAML
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayTaskError
 
 from clip_ray.config_file import load_config
 from clip_ray.training.session import ray_session
@@ -17,8 +18,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
 
 @pytest.fixture
 def another_ray() -> Iterator[Cluster]:
-    """It is the one that Ray's files on this machine name."""
-    arguments = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
+    """It is the one that Ray's files on this machine name, and its dashboard has Ray's own port."""
+    arguments = {"num_cpus": 1, "object_store_memory": 200 * 2**20, "include_dashboard": True}
     cluster = Cluster(initialize_head=True, head_node_args=arguments)
     yield cluster
     cluster.shutdown()
@@ -36,3 +37,9 @@ def test_what_runs_in_a_session_finds_its_own_cluster(another_ray: Cluster) -> N
     config = load_config(SHAPES_YAML, ["storage.root=s3://not-used"])
     with ray_session(config, dashboard=True):
         assert ray.get(nodes_found.remote()) == [node["NodeID"] for node in ray.nodes()]
+
+
+def test_a_session_without_a_dashboard_takes_no_other_for_its_own(another_ray: Cluster) -> None:
+    config = load_config(SHAPES_YAML, ["storage.root=s3://not-used"])
+    with ray_session(config), pytest.raises(RayTaskError, match="StateApi"):
+        ray.get(nodes_found.remote())
