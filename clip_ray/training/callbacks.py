@@ -16,6 +16,8 @@ from ray.train.v2._internal.execution.controller.state import (
     SchedulingState,
 )
 
+_ADVICE_OF_COMPILER = "TORCHDYNAMO_VERBOSE"  # after what it has to say
+
 
 class TellsFailures(UserCallback):
     """Says which ranks failed, and of what, before Ray Train starts the workers again."""
@@ -53,7 +55,8 @@ def root_cause(error: BaseException) -> str:
     error = next(iter(failures.values()), error)
     while inner := _inner(error):
         error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    said = (line.strip() for line in str(error).splitlines())
+    lines = [line for line in said if line and _ADVICE_OF_COMPILER not in line] or [""]
     # Ray's own errors explain themselves at length, after a first line; others end with the point.
     line = lines[0] if type(error).__module__.startswith("ray.") else lines[-1]
     return f"{type(error).__name__}: {line}"
