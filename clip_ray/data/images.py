@@ -1,7 +1,4 @@
-"""Image bytes to upright RGB, with a defined result for every mode, or a reason why not.
-
-No torch: it runs in reader tasks.
-"""
+"""Image bytes to upright RGB, with a defined result for every mode, or a reason why not."""
 
 from __future__ import annotations
 
@@ -14,6 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
+from clip_ray.data.resize import resize
+
+Pixels = NDArray[np.uint8]
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
 # Our own limit, with a reason, stands in for Pillow's warning.
 Image.MAX_IMAGE_PIXELS = None
@@ -28,7 +28,12 @@ class BadImage(ValueError):
 
 
 def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
-    """The whole image, upright and RGB.
+    """`decode_pixels` for Pillow."""
+    return Image.fromarray(decode_pixels(data, max_pixels))
+
+
+def decode_pixels(data: bytes, max_pixels: int | None = None) -> Pixels:
+    """The whole image, upright and RGB: [H, W, 3] uint8.
 
     The first frame of an animation; transparency over white; 16 bits cut to 8. Raises BadImage:
     `empty`, `not an image`, `too large`, `damaged`.
@@ -45,30 +50,31 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
     if max_pixels is not None and pixels > max_pixels:
         raise BadImage("too large", f"{image.width}×{image.height}, above {max_pixels} pixels")
     try:
-        return _rgb(_upright(image, data))
+        return _pixels(image, data)
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from None
 
 
-def decode_prepared(data: bytes | memoryview) -> NDArray[np.uint8]:
+def decode_prepared(data: bytes | memoryview) -> Pixels:
     """An image of a train shard, which prepare has made an upright RGB JPEG: [H, W, 3] uint8."""
     return decode_jpeg(data, "RGB", strict=False)
 
 
-def smaller_jpeg(data: bytes, image: Image.Image, shorter_side: int | None, quality: int) -> bytes:
-    """`image` (that `data` decodes to) with its shorter side at most `shorter_side`, as JPEG.
+def smaller_jpeg(data: bytes, pixels: Pixels, shorter_side: int | None, quality: int) -> bytes:
+    """`pixels` (that `data` decodes to) with its shorter side at most `shorter_side`, as JPEG.
 
     An upright RGB JPEG that is small enough keeps its bytes.
     """
-    shrink = shorter_side is not None and min(image.size) > shorter_side
+    sides = pixels.shape[:2]
+    shrink = shorter_side is not None and min(sides) > shorter_side
     if not shrink and _is_plain_jpeg(data):
         return data
     if shrink and shorter_side is not None:
-        scale = shorter_side / min(image.size)
-        width, height = (max(shorter_side, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        scale = shorter_side / min(sides)
+        height, width = (max(shorter_side, round(side * scale)) for side in sides)
+        pixels = resize(pixels, height, width)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -86,11 +92,15 @@ def _is_upright_jpeg(image: Image.Image) -> bool:
         return True
 
 
-def _upright(image: Image.Image, data: bytes) -> Image.Image:
+def _pixels(image: Image.Image, data: bytes) -> Pixels:
     if _is_upright_jpeg(image):
         # The same library without Pillow's own buffers; what it doubts, Pillow decides.
         with contextlib.suppress(ValueError):
-            return Image.fromarray(decode_jpeg(data, "RGB", strict=True))
+            return decode_jpeg(data, "RGB", strict=True)
+    return np.asarray(_rgb(_upright(image)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)

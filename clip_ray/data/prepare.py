@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import torch
 from tqdm import tqdm
 
 from clip_ray.config import DataConfig
-from clip_ray.data.images import BadImage, decode_rgb, smaller_jpeg
+from clip_ray.data.images import BadImage, decode_pixels, smaller_jpeg
 from clip_ray.data.records import Raw, RawRecord, fingerprint, read_raw
 from clip_ray.data.shards import (
     MANIFEST_KEY,
@@ -241,18 +242,19 @@ def _groups(records: Sequence[RawRecord], config: DataConfig) -> Iterator[list[R
 
 def _write_shard(plan: dict[str, Any], root: str, config_json: str) -> dict[str, Any]:
     """One task: reads and checks the images of a plan, puts the shard, then its part."""
+    torch.set_num_threads(1)
     config, storage = DataConfig.model_validate_json(config_json), Storage(root)
     rows, quarantined = [], []
     for record in plan["records"]:
         ref, data = FileRef(**record["image"]), None
         try:
             data = _read(ref)
-            image = decode_rgb(data, config.max_pixels)
+            pixels = decode_pixels(data, config.max_pixels)
         except BadImage as error:
             quarantined.append(_quarantined(record["filename"], plan["split"], error, data))
             continue
         if plan["split"] == SHRUNK_SPLIT:
-            data = smaller_jpeg(data, image, config.shorter_side, config.jpeg_quality)
+            data = smaller_jpeg(data, pixels, config.shorter_side, config.jpeg_quality)
         rows.append({**record, "image": data})
     shard = Shard(
         key=plan["key"],

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+import torch
 from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
@@ -117,6 +118,7 @@ class UnitLoader:
 
     def __init__(self, spec: StreamSpec, rank: int, end_step: int) -> None:
         self._spec, self._rank, self._end_step = spec, rank, end_step
+        torch.set_num_threads(1)  # of each of the process's own threads
 
     def __call__(self, batch: Arrays) -> Arrays:
         """The unit in `batch`: the step it begins at, and which part of it."""

@@ -1,4 +1,4 @@
-"""From an image to the uint8 square that a tower sees. No torch: it runs in reader tasks."""
+"""From an image to the uint8 square that a tower sees."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
 from clip_ray.config import DataConfig
-
-Pixels = NDArray[np.uint8]
+from clip_ray.data.images import Pixels
+from clip_ray.data.resize import resize
 
 
 def augment(pixels: Pixels, size: int, config: DataConfig, rng: np.random.Generator) -> Pixels:
@@ -19,14 +18,14 @@ def augment(pixels: Pixels, size: int, config: DataConfig, rng: np.random.Genera
 
     Crop, then flip, colour jitter and grey with their probabilities.
     """
-    image = random_resized_crop(pixels, size, config.crop_scale, config.crop_ratio, rng)
+    view = random_resized_crop(pixels, size, config.crop_scale, config.crop_ratio, rng)
     if rng.random() < config.flip_prob:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        view = view[:, ::-1]
     if rng.random() < config.color_jitter_prob:
-        image = _color_jitter(image, config.color_jitter, rng)
+        view = _color_jitter(view, config.color_jitter, rng)
     if rng.random() < config.grey_prob:
-        image = image.convert("L").convert("RGB")
-    return np.asarray(image)
+        view = np.asarray(Image.fromarray(view).convert("L").convert("RGB"))
+    return view
 
 
 def random_resized_crop(
@@ -35,28 +34,26 @@ def random_resized_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
-) -> Image.Image:
-    """A random part of [H, W, 3] pixels, resized to `size` × `size`.
+) -> Pixels:
+    """A random part of [H, W, 3] pixels, resized: [size, size, 3] uint8.
 
     Area and aspect are drawn as torchvision's RandomResizedCrop draws them; where ten tries do
     not fit, the largest centred part of an allowed aspect is taken.
     """
-    left, top, right, bottom = _random_box(pixels.shape[1], pixels.shape[0], scale, ratio, rng)
-    part = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
-    return part.resize((size, size), Image.Resampling.BICUBIC)
+    left, top, right, bottom = random_box(pixels.shape[1], pixels.shape[0], scale, ratio, rng)
+    return resize(pixels[top:bottom, left:right], size, size)
 
 
 def _color_jitter(
-    image: Image.Image,
-    strength: tuple[float, float, float, float],
-    rng: np.random.Generator,
-) -> Image.Image:
+    view: Pixels, strength: tuple[float, float, float, float], rng: np.random.Generator
+) -> Pixels:
     """Brightness, contrast, saturation and hue in random order, as torchvision's ColorJitter."""
     low = [max(0.0, 1 - strength[0]), max(0.0, 1 - strength[1]), max(0.0, 1 - strength[2])]
     factors = [*rng.uniform(low, [1 + s for s in strength[:3]]), rng.uniform(-1, 1) * strength[3]]
+    image = Image.fromarray(view)
     for kind in rng.permutation(4).tolist():
         image = adjust_color(image, kind, float(factors[kind]))
-    return image
+    return np.asarray(image)
 
 
 def adjust_color(image: Image.Image, kind: int, factor: float) -> Image.Image:
@@ -89,13 +86,14 @@ def center_crop(
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-def _random_box(
+def random_box(
     width: int,
     height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
+    """The part that `random_resized_crop` takes: left, top, right, bottom."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

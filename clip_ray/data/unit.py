@@ -1,7 +1,4 @@
-"""A unit of the stream's work: one rank's samples of a few steps, or of a part of one.
-
-No torch, no Ray.
-"""
+"""A unit of the stream's work: one rank's samples of a few steps, or of a part of one."""
 
 from __future__ import annotations
 

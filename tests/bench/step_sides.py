@@ -248,9 +248,12 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     """CPU seconds of one process to decode and crop a photograph."""
     from stream_sides import decode_all
 
+    from clip_ray.data.transforms import random_resized_crop
+
     jpegs = list(photos(DECODED))
+    decode_all(jpegs[:1], 1, random_resized_crop)  # imports
     started_s = time.process_time()
-    decode_all(jpegs, 1, TOWERS[arguments.towers].size)
+    decode_all(jpegs, 1, random_resized_crop, TOWERS[arguments.towers].size)
     return {"cpu_s_per_sample": (time.process_time() - started_s) / DECODED}
 
 

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_ray.data.images import BadImage, decode_prepared, decode_rgb, smaller_jpeg
+from clip_ray.data.images import (
+    BadImage,
+    decode_pixels,
+    decode_prepared,
+    decode_rgb,
+    smaller_jpeg,
+)
 
 RED = (200, 30, 30)
 
@@ -61,10 +67,10 @@ def test_exif_turns_the_image_upright_and_train_bytes_need_it_no_more() -> None:
     exif[0x0112] = 6  # the camera was turned by a quarter
     data = encoded(image, "JPEG", exif=exif)
     assert decode_rgb(data).size == (6, 8)
-    again = smaller_jpeg(data, decode_rgb(data), shorter_side=None, quality=95)
+    again = smaller_jpeg(data, decode_pixels(data), shorter_side=None, quality=95)
     assert decode_prepared(again).shape == (8, 6, 3)
     plain = encoded(image, "JPEG")
-    assert smaller_jpeg(plain, decode_rgb(plain), shorter_side=6, quality=95) is plain
+    assert smaller_jpeg(plain, decode_pixels(plain), shorter_side=6, quality=95) is plain
 
 
 def test_the_fast_decoder_gives_pillows_pixels() -> None:

@@ -34,7 +34,7 @@ def test_crops_are_square_uint8(width: int, height: int) -> None:
         assert (crop == [255, 0, 0]).all()
 
 
-def test_a_crop_is_cut_and_then_resized_as_torchvision_does() -> None:
+def test_a_crop_is_cut_and_then_resized_as_torchvision_does_on_pillows_images() -> None:
     drawn = random_resized_crop(SCENE, 32, (0.3, 0.4), (1.0, 1.0), np.random.default_rng(2))
     boxes = itertools.product(range(90 - 45), range(80 - 45), range(46, 55))
     transform = partial(
@@ -45,7 +45,7 @@ def test_a_crop_is_cut_and_then_resized_as_torchvision_does() -> None:
         (left, top, side)
         for left, top, side in boxes
         if left + side <= 90 and top + side <= 80
-        and np.array_equal(np.asarray(drawn), transform(image, top, left, side, side))
+        and np.abs(drawn - np.int16(transform(image, top, left, side, side))).max() <= 2
     ]  # fmt: skip
     assert len(found) == 1
 
