@@ -163,15 +163,15 @@ def tar_urls(root: str) -> list[str]:
 
 
 def bare(arguments: argparse.Namespace) -> dict[str, float]:
-    """Decode and crop in as many processes, from memory, with no framework; Pillow crops."""
-    return loop(arguments, pillows_crop)
-
-
-def limit(arguments: argparse.Namespace) -> dict[str, float]:
-    """The same loop with the crop of ours."""
+    """Decode and crop in as many processes, from memory, with no framework: the limit."""
     from clip_ray.data.transforms import random_resized_crop
 
     return loop(arguments, random_resized_crop)
+
+
+def bare_pillow(arguments: argparse.Namespace) -> dict[str, float]:
+    """The same loop with Pillow's crop, as the peers have it."""
+    return loop(arguments, pillows_crop)
 
 
 def loop(arguments: argparse.Namespace, crop: Callable[..., Any]) -> dict[str, float]:
@@ -217,7 +217,7 @@ SIDES = {
     "open_clip": open_clip,
     "hf_datasets": hf_datasets,
     "bare": bare,
-    "limit": limit,
+    "bare_pillow": bare_pillow,
 }
 
 if __name__ == "__main__":
