@@ -19,8 +19,11 @@ from clip_ray.tuning.journal import Trial
 from clip_ray.tuning.space import Distribution, Space
 
 
-def make_scheduler(config: Config, space: Space) -> TrialScheduler:
-    """What `config.tune.scheduler` names, by the first objective."""
+def make_scheduler(config: Config, space: Space, all_at_once: bool = False) -> TrialScheduler:
+    """What `config.tune.scheduler` names, by the first objective.
+
+    `all_at_once` is told of trials that all run together.
+    """
     tune = config.tune
     objective, goal = next(iter(tune.objectives.items()))
     by: dict[str, Any] = {"time_attr": "epoch", "metric": f"figures/{objective}", "mode": goal}
@@ -36,7 +39,7 @@ def make_scheduler(config: Config, space: Space) -> TrialScheduler:
         return MedianStoppingRule(**by, grace_period=tune.grace_epochs)
     if tune.scheduler == "pbt":
         numbers = {n: _domain(d) for n, d in space.fields.items() if d.is_number}
-        return PopulationBasedTraining(
+        return (_AllAtOnce if all_at_once else PopulationBasedTraining)(
             **by,
             perturbation_interval=tune.perturb_epochs,
             quantile_fraction=tune.quantile,
@@ -74,6 +77,15 @@ class _Ended:
 
 # Neither of the two asks it for anything.
 _NO_CONTROLLER: Any = None
+
+
+class _AllAtOnce(PopulationBasedTraining):
+    """Has no trial make way for one that is about to exploit: there is room for each."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called by Tune for each report."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        return self.CONTINUE if decision == self.PAUSE else decision
 
 
 def _epochs(config: Config, space: Space) -> tuple[Any, ...]:

@@ -83,10 +83,11 @@ def _check_end(book: Book, found: list[Trial], lost: list[str], say: Say) -> Non
 def _tune(
     journal: Journal, config: Config, space: Space, book: Book, lost: list[str], say: Say
 ) -> None:
-    points, scheduler = Points(config, space, book), make_scheduler(config, space)
+    points, concurrent = Points(config, space, book), _concurrent(config)
+    scheduler = make_scheduler(config, space, all_at_once=concurrent >= points.total)
     ended = [trial for trial in book.trials.values() if trial.state != "running"]
     replay(scheduler, ended)
-    left, concurrent = points.total - len(ended), _concurrent(config)
+    left = points.total - len(ended)
     say(f"tune: {left} trials to run, {len(ended)} have ended; {concurrent} at a time")
     if left == 0:
         return

@@ -14,6 +14,7 @@ from clip_ray.config_file import parse_config
 from clip_ray.pipeline import prepare_data, session
 from clip_ray.storage import Storage
 from clip_ray.training.checkpoint import Checkpoints
+from clip_ray.training.ledger import Ledger
 
 STATE = ("param", "exp_avg", "exp_avg_sq")
 BOUNDS = {"optim.lr": (1e-4, 1e-2), "loss.temperature": (0.05, 0.1)}
@@ -21,9 +22,11 @@ SPACE = """
 optim.lr: {loguniform: [1.0e-4, 1.0e-2]}
 loss.temperature: {uniform: [0.05, 0.1]}
 """
+# So many epochs that both trials are there together for long, whichever begins first.
 OPTIONS = [
-    "name=pbt", "train.epochs=4", "cluster.num_workers=1", "tune.max_trials=2",
-    "tune.scheduler=pbt", "tune.search=random", "tune.quantile=0.5", "tune.concurrent=2",
+    "name=pbt", "train.epochs=12", "checkpoint.keep_last=12", "cluster.num_workers=1",
+    "tune.max_trials=2", "tune.scheduler=pbt", "tune.search=random",
+    "tune.quantile=0.5", "tune.concurrent=2",
 ]  # fmt: skip
 
 
@@ -38,6 +41,9 @@ def test_an_exploited_trial_goes_on_from_the_others_weights(small_config: Config
     assert [trial.state for trial in trials] == ["finished"] * 2
     exploits = [(trial, exploit) for trial in trials for exploit in trial.exploits]
     assert exploits
+    for trial in trials:
+        run = Storage(f"{config.storage.root}/runs/{trial.run}")
+        assert trial.exploits or Ledger(run).read().attempt == 1  # it made way for no other one
     for trial, exploit in exploits:
         source, step = exploit.source.split("@")
         assert exploit.run.startswith(f"pbt-{trial.number:04d}.")
