@@ -46,7 +46,12 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def storage(s3_environment: None, request: pytest.FixtureRequest) -> Storage:
     """An empty place in a real bucket, one for each test."""
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return make_storage(request.node.name)
+
+
+def make_storage(name: str) -> Storage:
+    """An empty place in a bucket of the server that the environment names."""
+    name = "".join(c if c.isalnum() else "-" for c in name)
     storage = Storage(f"s3://clip-ray-tests/{name}-{os.getpid()}")
     storage.create_bucket()
     return storage
@@ -63,6 +68,11 @@ def raw_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_config(storage: Storage, raw_shapes: Path, tmp_path: Path) -> Config:
     """The shapes config over `raw_shapes` and `storage`: two epochs of four steps."""
+    return make_small_config(storage, raw_shapes, tmp_path)
+
+
+def make_small_config(storage: Storage, raw_shapes: Path, folder: Path) -> Config:
+    """What `small_config` is, for fixtures that live longer."""
     return load_config(
         SHAPES_YAML,
         [
@@ -71,7 +81,7 @@ def small_config(storage: Storage, raw_shapes: Path, tmp_path: Path) -> Config:
             f"data.zero_shot_source={raw_shapes / 'zero-shot'}",
             "data.row_group_rows=8",
             "data.shuffle_window_rows=64",
-            f"data.cache_dir={tmp_path / 'cache'}",
+            f"data.cache_dir={folder / 'cache'}",
             "train.global_batch=32",
             "train.epochs=2",
             "optim.warmup_steps=2",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,12 +21,16 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
     `function` must be importable, and what it returns must survive torch.save.
     """
-    return _run("gloo", world_size, function, arguments)
+    # The ranks are forks of one process that has imported what they need: that takes long.
+    multiprocessing.set_forkserver_preload(["clip_ray.training.engine"])
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+        forkserver.ensure_running()
+    return _run("gloo", "forkserver", world_size, function, arguments)
 
 
 def run_on_gpu(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function(*arguments)` returns in an NCCL group of one rank, its tensors on the CPU."""
-    return _run("nccl", 1, function, arguments)[0]
+    return _run("nccl", "spawn", 1, function, arguments)[0]
 
 
 def device() -> torch.device:
@@ -32,10 +39,16 @@ def device() -> torch.device:
     return torch.device("cuda" if on_gpu else "cpu")
 
 
-def _run(backend: str, world_size: int, function: Callable[..., Any], arguments: Any) -> list[Any]:
+def _run(
+    backend: str,
+    start_method: str,
+    world_size: int,
+    function: Callable[..., Any],
+    arguments: Any,
+) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
-        given = world_size, backend, folder, function, arguments
-        start_processes(_entry, given, world_size, start_method="spawn")
+        given = world_size, backend, folder, dict(os.environ), function, arguments
+        start_processes(_entry, given, world_size, start_method=start_method)
         files = [Path(folder) / str(rank) for rank in range(world_size)]
         return [torch.load(file, map_location="cpu") for file in files]
 
@@ -45,11 +58,16 @@ def _entry(
     world_size: int,
     backend: str,
     folder: str,
+    environment: dict[str, str],
     function: Callable[..., Any],
     arguments: Any,
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= environment | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+    }
     os.environ["DS_ACCELERATOR"] = "cpu" if backend == "gloo" else "cuda"
     store = f"file://{folder}/store"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)

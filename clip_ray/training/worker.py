@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -47,27 +49,46 @@ class PreparesWorker(WorkerCallback):
 
 def train_worker(loop_config: dict[str, Any]) -> None:
     """Trains the run's part of this worker: its rank and the world size are Ray Train's."""
-    # Here, so that the driver does not wait for DeepSpeed.
-    from clip_ray.training.loop import Trainer
+    # Here, so that the driver does not wait for DeepSpeed. What tracks runs is imported by who uses
+    # it: DeepSpeed's autotuner and timm would have each worker wait a second or two for it.
+    with _hidden("mlflow", "wandb"):
+        from clip_ray.training.loop import Trainer
 
     config = parse_config(loop_config["config"], origin="the run's config")
     config = config.at_world_size(ray.train.get_context().get_world_size())
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     if config.train.compile and not config.cluster.gpus_per_worker:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_folder_of_worker_group())
+        _set_up_compiler()
     tokenizer_json = Storage(config.run_root).read_bytes(TOKENIZER_KEY).decode()
     tokenizer = CaptionTokenizer(tokenizer_json, config.model.text.context_length)
     context = RayContext(config, tokenizer, loop_config["owner"], loop_config["board"])
     Trainer(config, tokenizer, context).train()
 
 
-def _folder_of_worker_group() -> Path:
-    """In Ray's folder of this node, for what this start of the workers compiles.
+@contextlib.contextmanager
+def _hidden(*packages: str) -> Iterator[None]:
+    """What the block imports takes these packages, where nobody has imported them, for missing."""
+    modules: dict[str, Any] = sys.modules
+    hidden = [package for package in packages if package not in modules]
+    modules |= dict.fromkeys(hidden)
+    try:
+        yield
+    finally:
+        for package in hidden:
+            del modules[package]
 
-    A C++ library whose link was killed stays in Inductor's cache: every later start would fail.
+
+def _set_up_compiler() -> None:
+    """On CPUs, Inductor compiles with this worker's threads, into a folder in Ray's own.
+
+    Else each worker starts as many processes as its node has CPUs. The folder is that of this start
+    of the workers: a C++ library whose link was killed stays there, and fails whoever loads it.
     """
+    from torch._inductor import config
+
+    config.compile_threads = torch.get_num_threads()
     group: Any = ray.util.get_current_placement_group()
-    return Path.cwd() / f"compiled-{group.id.hex()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.cwd() / f"compiled-{group.id.hex()}")
 
 
 class RayContext:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import override
+from conftest import make_small_config, make_storage, override
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from clip_ray.config import Config
@@ -36,7 +36,8 @@ OPTIONS = {
     "compile": [
         "train.compile=true", "train.zero_stage=0", "optim.text.trained_groups=1",
         "loss.method=tiled", "loss.tile=8", "loss.label_smoothing=0.1",
-        "loss.learn_temperature=false",
+        "loss.learn_temperature=false", "model.image.kwargs.depth=1",
+        "model.text.kwargs.num_hidden_layers=1",
     ],
 }  # fmt: skip
 FIGURES = {
@@ -45,12 +46,23 @@ FIGURES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def prepared(
+    s3_environment: None, raw_shapes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Config]:
+    """A config whose data are prepared, in a session of Ray, for runs of several names."""
+    config = make_small_config(make_storage("options"), raw_shapes, tmp_path_factory.mktemp("ray"))
+    with session(config, lambda line: None):
+        prepare_data(config, lambda line: None)
+        yield config
+
+
 @pytest.mark.cluster
 @pytest.mark.s3
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "compile"])
-def test_every_option_learns(small_config: Config, option: str) -> None:
-    check_that_it_learns(override(small_config, OPTIONS[option]))
+def test_every_option_learns(prepared: Config, option: str) -> None:
+    check_that_it_learns(override(prepared, [f"name={option}", *OPTIONS[option]]))
 
 
 @pytest.mark.cluster
@@ -61,7 +73,10 @@ def test_compiled_towers_learn_though_a_worker_dies_while_it_compiles(
 ) -> None:
     monkeypatch.setenv("CXX", str(Path(__file__).parent.parent / "dying_compiler.py"))
     monkeypatch.setenv("CLIP_RAY_TEST_DIED", str(tmp_path / "died"))
-    check_that_it_learns(override(small_config, OPTIONS["compile"]))
+    config = override(small_config, OPTIONS["compile"])
+    with session(config, lambda line: None):
+        prepare_data(config, lambda line: None)
+        check_that_it_learns(config)
     assert (tmp_path / "died").exists()
 
 
@@ -71,14 +86,15 @@ def test_compiled_towers_learn_though_a_worker_dies_while_it_compiles(
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_learns_on_a_gpu(small_config: Config, option: str) -> None:
     on_gpu = ["cluster.num_workers=1", "cluster.gpus_per_worker=1"]
-    check_that_it_learns(override(small_config, [*OPTIONS[option], *on_gpu]))
+    config = override(small_config, [*OPTIONS[option], *on_gpu])
+    with session(config, lambda line: None):
+        prepare_data(config, lambda line: None)
+        check_that_it_learns(config)
 
 
 def check_that_it_learns(config: Config) -> None:
     config = override(config, ["train.epochs=5", "checkpoint.every_epochs=5"])
-    with session(config, lambda line: None):
-        prepare_data(config, lambda line: None)
-        train_model(config, lambda line: None)
+    train_model(config, lambda line: None)
     run = Storage(config.run_root)
     log = [json.loads(line) for line in run.read_bytes("metrics.jsonl").splitlines()]
     losses = [entry["loss"] for entry in log]
