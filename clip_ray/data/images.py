@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
-from clip_ray.data.resize import resize
 
 Pixels = NDArray[np.uint8]
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
@@ -70,6 +69,9 @@ def smaller_jpeg(data: bytes, pixels: Pixels, shorter_side: int | None, quality:
     if not shrink and _is_plain_jpeg(data):
         return data
     if shrink and shorter_side is not None:
+        # Here, so that only who shrinks an image waits for torch.
+        from clip_ray.data.resize import resize
+
         scale = shorter_side / min(sides)
         height, width = (max(shorter_side, round(side * scale)) for side in sides)
         pixels = resize(pixels, height, width)

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import torch
 from tqdm import tqdm
 
 from clip_ray.config import DataConfig
@@ -242,7 +241,6 @@ def _groups(records: Sequence[RawRecord], config: DataConfig) -> Iterator[list[R
 
 def _write_shard(plan: dict[str, Any], root: str, config_json: str) -> dict[str, Any]:
     """One task: reads and checks the images of a plan, puts the shard, then its part."""
-    torch.set_num_threads(1)
     config, storage = DataConfig.model_validate_json(config_json), Storage(root)
     rows, quarantined = [], []
     for record in plan["records"]:

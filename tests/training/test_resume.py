@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import override
+from conftest import make_small_config, make_storage, override
 from plain_run import Ended, plain_run
 from process_group import run_on_gpu, run_ranks
 
@@ -27,9 +28,13 @@ OPTIONS = [
 CUTS = sorted(random.Random(5).sample(range(3, 8), 5))
 
 
-@pytest.fixture
-def prepared(small_config: Config) -> Config:
-    config = override(small_config, ["cluster.num_workers=2", *OPTIONS])
+@pytest.fixture(scope="module")
+def prepared(
+    s3_environment: None, raw_shapes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Config:
+    """A config whose data are prepared, for runs of several names."""
+    config = make_small_config(make_storage("resume"), raw_shapes, tmp_path_factory.mktemp("cache"))
+    config = override(config, ["cluster.num_workers=2", *OPTIONS])
     with session(config, print):
         prepare(config.data, Storage(config.data_root), print)
     return config
@@ -85,7 +90,9 @@ def test_a_cut_run_resumes_bit_for_bit_on_a_gpu(prepared: Config) -> None:
 
 
 def damages_of_this_rank(tree: dict) -> list[str | int]:
-    config = override(parse_config(tree, origin="test"), ["checkpoint.keep_last=3"])
+    config = override(
+        parse_config(tree, origin="test"), ["checkpoint.keep_last=3", "name=damaged"]
+    )
     uncut = run_to_end(config)
     checkpoints = Checkpoints(Storage(config.run_root))
     damaged = checkpoints.list()[-1]
