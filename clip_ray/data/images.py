@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from simplejpeg import decode_jpeg
 
-
 Pixels = NDArray[np.uint8]
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
 # Our own limit, with a reason, stands in for Pillow's warning.

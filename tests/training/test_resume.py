@@ -90,9 +90,7 @@ def test_a_cut_run_resumes_bit_for_bit_on_a_gpu(prepared: Config) -> None:
 
 
 def damages_of_this_rank(tree: dict) -> list[str | int]:
-    config = override(
-        parse_config(tree, origin="test"), ["checkpoint.keep_last=3", "name=damaged"]
-    )
+    config = override(parse_config(tree, origin="test"), ["checkpoint.keep_last=3", "name=damaged"])
     uncut = run_to_end(config)
     checkpoints = Checkpoints(Storage(config.run_root))
     damaged = checkpoints.list()[-1]
