@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import make_small_config, make_storage, override
-from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from learning import OPTIONS, check_that_it_learns
 
 from clip_ray.config import Config
-from clip_ray.pipeline import prepare_data, session, train_model
-from clip_ray.storage import Storage
-
-# Each option at least once; none of them excludes another in its line.
-OPTIONS = {
-    "bf16": [
-        "train.precision=bf16", "train.zero_stage=1", "train.ema_decay=0.9",
-        "optim.image.layer_decay=0.8", "optim.text.layer_decay=0.8",
-    ],
-    "fp16": [
-        "train.precision=fp16", "train.zero_stage=2", "train.micro_batch=8",
-        "train.recompute=[image, text]", "model.image.kwargs.patch_drop_rate=0.25",
-    ],
-    "offload_parameters": [
-        "train.offload=parameters", "train.zero_stage=3", "optim.image.trained_groups=2",
-        "data.captions_per_image=2",
-    ],
-    "offload_optimizer": [
-        "train.offload=optimizer", "train.zero_stage=2", "loss.kind=sigmoid", "loss.method=ring",
-        "loss.tile=8",
-    ],
-    "compile": [
-        "train.compile=true", "train.zero_stage=0", "optim.text.trained_groups=1",
-        "loss.method=tiled", "loss.tile=8", "loss.label_smoothing=0.1",
-        "loss.learn_temperature=false", "model.image.kwargs.depth=1",
-        "model.text.kwargs.num_hidden_layers=1",
-    ],
-}  # fmt: skip
-FIGURES = {
-    "loss", "scale", "lr", "grad_norm", "skipped", "images_per_s", "images_per_s_per_worker",
-    "data_wait_share", "communication_share", "compute_share", "peak_memory_gb", "mfu",
-}  # fmt: skip
+from clip_ray.pipeline import prepare_data, session
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +32,6 @@ def test_every_option_learns(prepared: Config, option: str) -> None:
     check_that_it_learns(override(prepared, [f"name={option}", *OPTIONS[option]]))
 
 
-@pytest.mark.cluster
-@pytest.mark.s3
-@pytest.mark.timeout(900)
-def test_compiled_towers_learn_though_a_worker_dies_while_it_compiles(
-    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", str(Path(__file__).parent.parent / "dying_compiler.py"))
-    monkeypatch.setenv("CLIP_RAY_TEST_DIED", str(tmp_path / "died"))
-    config = override(small_config, OPTIONS["compile"])
-    with session(config, lambda line: None):
-        prepare_data(config, lambda line: None)
-        check_that_it_learns(config)
-    assert (tmp_path / "died").exists()
-
-
 @pytest.mark.gpu
 @pytest.mark.s3
 @pytest.mark.timeout(600)
@@ -90,30 +42,3 @@ def test_every_option_learns_on_a_gpu(small_config: Config, option: str) -> None
     with session(config, lambda line: None):
         prepare_data(config, lambda line: None)
         check_that_it_learns(config)
-
-
-def check_that_it_learns(config: Config) -> None:
-    config = override(config, ["train.epochs=5", "checkpoint.every_epochs=5"])
-    train_model(config, lambda line: None)
-    run = Storage(config.run_root)
-    log = [json.loads(line) for line in run.read_bytes("metrics.jsonl").splitlines()]
-    losses = [entry["loss"] for entry in log]
-    assert sum(losses[-4:]) < 0.95 * sum(losses[:4]), losses
-    assert log[-1].keys() >= FIGURES
-    assert 0 < log[-1]["compute_share"] <= 1
-    assert 0 < log[-1]["mfu"] < 1
-    events = list(scalars(run))
-    assert ("loss", 20, pytest.approx(losses[-1], rel=1e-5)) in events
-    assert {name for name, _, _ in events} >= FIGURES | {"image_retrieval_recall_at_1"}
-
-
-def scalars(run: Storage) -> Iterator[tuple[str, int, float]]:
-    """What TensorBoard reads: records of a length, its checksum, the event, its checksum."""
-    for key in run.keys("tensorboard/"):
-        data, start = run.read_bytes(key), 0
-        while start < len(data):
-            (length,) = struct.unpack_from("<Q", data, start)
-            event = Event.FromString(data[start + 12 : start + 12 + length])
-            for value in event.summary.value:
-                yield value.tag, event.step, value.simple_value
-            start += 12 + length + 4
