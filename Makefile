@@ -43,10 +43,10 @@ test: lint ## Check style and types, then run all tests, and the contract of exa
 	@$(BIN)/python -m pytest -m exactness -rP --show-capture=stdout
 
 CEPH := radosgw ceph-mon ceph-osd ceph-common
-S3_TESTS := tests/test_storage.py tests/data/test_reader.py tests/training/test_ledger.py \
-  tests/training/test_checkpoint.py tests/training/test_resume.py \
-  tests/training/test_faults.py::test_faults_one_after_the_other_change_nothing \
-  tests/cluster/test_store_checks.py
+# The longest first: it has one of two processes, and waits often; the other does the rest.
+S3_TESTS := tests/training/test_faults.py::test_faults_one_after_the_other_change_nothing \
+  tests/training/test_resume.py tests/training/test_checkpoint.py tests/training/test_ledger.py \
+  tests/test_storage.py tests/data/test_reader.py tests/cluster/test_store_checks.py
 
 NOT_S3 = $(addprefix --deselect=,$(S3_TESTS))
 
@@ -54,7 +54,7 @@ test-s3: install ## Run what depends on the S3 server against Ceph, if it is the
 	@command -v radosgw >/dev/null || $(call apt,$(CEPH)) \
 	  || echo "Ceph is not there and cannot be installed: the embedded server is taken" >&2
 	@CLIP_RAY_TEST_S3=$$(command -v radosgw >/dev/null && echo ceph) \
-	  $(BIN)/python -m pytest $(S3_TESTS)
+	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(S3_TESTS)
 
 golden: install ## Write the expected config and help texts anew, to be read in the diff
 	@CLIP_RAY_GOLDEN=write $(BIN)/python -m pytest -q tests/test_golden.py
