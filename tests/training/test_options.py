@@ -1,4 +1,4 @@
-"""Every option of the engine in real two-worker runs on shapes: all of them learn."""
+"""Each line of options in real two-worker runs on shapes: all learn. See test_compiled.py, too."""
 
 from __future__ import annotations
 
