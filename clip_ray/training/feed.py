@@ -24,14 +24,15 @@ def on_device(
     On a GPU a thread takes the next one from the stream and copies it, on a CUDA stream of its own,
     while a step is computed.
     """
+    # Ray's arrays are read-only, and nobody writes to them. Once, since a change of the filters has
+    # Python show all other warnings again.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     batches = (_tensors(micro_batch, with_image_ids) for micro_batch in micro_batches)
     return _ahead(batches, device) if device.type == "cuda" else batches
 
 
 def _tensors(micro_batch: dict[str, NDArray[Any]], with_image_ids: bool) -> Batch:
-    with warnings.catch_warnings():  # Ray's arrays are read-only, and nobody writes to them
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensors = {name: torch.from_numpy(array) for name, array in micro_batch.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in micro_batch.items()}
     batch = {
         "images": tensors["images"],
         "token_ids": without_padding(tensors["token_ids"], tensors["token_lengths"]),

@@ -30,7 +30,7 @@ from clip_ray.training.context import Asked, WorkerContext
 from clip_ray.training.engine import Engine, StepResult, deepspeed_config
 from clip_ray.training.feed import on_device
 from clip_ray.training.flops import StepFlops
-from clip_ray.training.hardware import device_name
+from clip_ray.training.hardware import device_name, seed_generators
 from clip_ray.training.ledger import Entry
 from clip_ray.training.meter import StepMeter
 from clip_ray.training.run import make_order, run_identity, step_seed
@@ -90,7 +90,7 @@ class Trainer:
             with self._meter.waiting():
                 batch = next(batches)
             lr = learning_rate(step, self.total_steps, self.config.optim)
-            torch.manual_seed(step_seed(self.config.seed, step, rank()))
+            seed_generators(self.engine.device, step_seed(self.config.seed, step, rank()))
             with self._meter.step(flops(batch["token_ids"].shape[-1])):
                 result = self.engine.train_step(batch, lr)
             if step == self.start_step:

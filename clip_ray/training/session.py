@@ -40,8 +40,20 @@ TIMEOUTS = {
     # For workers to leave their process group, before they are killed: one that hangs never does.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
-# Of Ray: the port of the local Ray that is started next.
 GCS_PORT = "RAY_GCS_SERVER_PORT"
+# For Ray's own processes of a local Ray. No workers are started ahead: they would lack the job's
+# environment, and none of its tasks would be given to them.
+LOCAL_RAY = {
+    "RAY_prestart_worker_first_driver": "0", "RAY_worker_maximum_startup_concurrency": "16",
+}  # fmt: skip
+# Where no dashboard listens, nobody looks at all log files ten times a second, and at all processes
+# every few seconds.
+NO_DASHBOARD = {
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0", "LOG_NAME_UPDATE_INTERVAL_S": "60",
+    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "60", "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}  # fmt: skip
+# For Ray Train on a local Ray, whose one node is never drained.
+NO_DRAINS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextlib.contextmanager
@@ -57,31 +69,24 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     if config.cluster.gpus_per_worker == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": _environment(address)}
-    arguments: dict[str, Any] = {"runtime_env": runtime_env, "log_to_driver": False}
     if address is None:
-        # Readers get CPUs of their own beside the workers', or a small machine would never start;
-        # twice, since a link of the stream begins before the last one ends.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")
-        readers_cpus = 2 * READER_CPUS * config.cluster.readers_per_worker
-        wanted = config.cluster.num_workers * (config.cluster.cpus_per_worker + readers_cpus) + 1
-        arguments |= {
-            "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)),
-            "include_dashboard": dashboard,
-            "object_store_memory": 2**30,
-        }
-        if not dashboard:
-            # Ray tells a port all the same, where another Ray's may answer; Ray Train asks there
-            # whether its controller lives, and ends the workers of one that is not known.
-            arguments["dashboard_port"] = free_ports(1)[0]
+        arguments, settings = _local_ray(config.cluster, dashboard)
+        gcs = f"{ray.util.get_node_ip_address()}:{settings[GCS_PORT]}"
+        environment = _environment(gcs) | NO_DRAINS
+    else:
+        arguments, settings = {}, {}
+        environment = _environment(canonicalize_bootstrap_address_or_die(address))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What a submitted job's runtime_env says already may be said again here.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    try:
-        with _sigterm_kept():
-            ray.init(address or "local", logging_level=logging.WARNING, **arguments)
-    finally:
-        os.environ.pop(GCS_PORT, None)
+    with _sigterm_kept(), _with_environment(settings):
+        ray.init(
+            address or "local",
+            runtime_env={"env_vars": environment},
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **arguments,
+        )
     data_context = ray.data.DataContext.get_current()
     data_context.enable_progress_bars = False
     data_context.print_on_execution_start = False
@@ -94,19 +99,46 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
-def _environment(address: str | None) -> dict[str, str]:
-    """What all processes of the job have in theirs."""
-    # Ray Train's own actors would look for the cluster they are in, and take another one for it.
-    cluster = canonicalize_bootstrap_address_or_die(address) if address else _local_gcs()
+def _local_ray(cluster: ClusterConfig, dashboard: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """ray.init's arguments for a Ray of one's own, and the environment of its processes."""
+    # Readers get CPUs of their own beside the workers', or a small machine would never start;
+    # twice, since a link of the stream begins before the last one ends.
+    readers_cpus = 2 * READER_CPUS * cluster.readers_per_worker
+    wanted = cluster.num_workers * (cluster.cpus_per_worker + readers_cpus) + 1
+    arguments = {
+        "num_cpus": max(os.cpu_count() or 1, math.ceil(wanted)),
+        "include_dashboard": dashboard,
+        "object_store_memory": 2**30,
+    }
+    gcs_port, dashboard_port = free_ports(2)
+    settings = LOCAL_RAY | {GCS_PORT: str(gcs_port)}
+    if dashboard:
+        return arguments, settings
+    # Ray tells a port all the same, where another Ray's may answer; Ray Train asks there whether
+    # its controller lives, and ends the workers of one that is not known.
+    return arguments | {"dashboard_port": dashboard_port}, settings | NO_DASHBOARD
+
+
+def _environment(gcs: str) -> dict[str, str]:
+    """What all processes of the job have in theirs; `gcs` is the address of their cluster."""
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    return forwarded | TIMEOUTS | {"RAY_ADDRESS": cluster}
+    # Ray Train's own actors would look for the cluster they are in, and take another one for it.
+    return forwarded | TIMEOUTS | {"RAY_ADDRESS": gcs}
 
 
-def _local_gcs() -> str:
-    """The address that the local Ray is going to have."""
-    (port,) = free_ports(1)
-    os.environ[GCS_PORT] = str(port)
-    return f"{ray.util.get_node_ip_address()}:{port}"
+@contextlib.contextmanager
+def _with_environment(settings: dict[str, str]) -> Iterator[None]:
+    """What is started within the block has these in its environment."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,3 +49,11 @@ def test_batches_come_to_a_gpu_one_ahead() -> None:
 def test_image_ids_come_where_they_are_asked_for() -> None:
     (batch, *_) = on_device(micro_batches(), torch.device("cpu"), with_image_ids=False)
     assert batch.keys() == {"images", "token_ids", "token_lengths"}
+
+
+def test_a_warning_of_each_step_is_shown_once() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in on_device(micro_batches(), torch.device("cpu"), with_image_ids=False):
+            warnings.warn("of each step", UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["of each step"]

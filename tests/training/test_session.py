@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import ray
 from conftest import SHAPES_YAML
@@ -43,3 +46,13 @@ def test_a_session_without_a_dashboard_takes_no_other_for_its_own(another_ray: C
     config = load_config(SHAPES_YAML, ["storage.root=s3://not-used"])
     with ray_session(config), pytest.raises(RayTaskError, match="StateApi"):
         ray.get(nodes_found.remote())
+
+
+def test_a_local_ray_starts_no_worker_before_there_is_work() -> None:
+    """It would lack the job's environment, and idle beside those that have it."""
+    config, before = load_config(SHAPES_YAML, ["storage.root=s3://not-used"]), dict(os.environ)
+    with ray_session(config):
+        time.sleep(2)
+        names = [" ".join(one.cmdline()[:3]) for one in psutil.Process().children(recursive=True)]
+        assert not [name for name in names if "ray::IDLE" in name or "default_worker.py" in name]
+        assert "REPORTER_UPDATE_INTERVAL_MS" not in os.environ.keys() - before.keys()
