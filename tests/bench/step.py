@@ -90,6 +90,7 @@ def ratios(median: dict[str, Figures]) -> dict[str, float]:
         "vs_core_bound": vs_cores("large"),
         "vs_core_bound_data": vs_cores("tiny"),
         "communication_share": median["ours, large, ZeRO-0"]["communication_share"],
+        "transfer_share": median["ours, large, ZeRO-0"]["transfer_share"],
     }
 
 

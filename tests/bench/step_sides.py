@@ -139,6 +139,9 @@ def memory_fed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
+    """`communication_share` is rank 0's, its wait for the other rank included; `transfer_share`
+    that of the slower rank, which waits for none, where the last step is the profiled one.
+    """
     from clip_ray.pipeline import session
     from clip_ray.training import launch
 
@@ -148,9 +151,12 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
         launch.train(config, lambda line: None)
     log = Storage(config.run_root).read_json("bench.json")
     measured = [entry for entry in log if entry["step"] > TOWERS[arguments.towers].first]
+    last = measured[-1]
     return {
         "rates": [entry["images_per_s"] for entry in measured],
         "communication_share": max(entry["communication_share"] for entry in measured),
+        "transfer_share": 1
+        - last["slowest_rank_s"] * last["images_per_s"] / config.train.global_batch,
         "data_wait_share": float(np.mean([entry["data_wait_share"] for entry in measured])),
         "mfu": float(np.mean([entry["mfu"] for entry in measured])),
     }
