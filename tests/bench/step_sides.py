@@ -140,7 +140,7 @@ def memory_fed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
     """`communication_share` is rank 0's, its wait for the other rank included; `transfer_share`
-    that of the slower rank, which waits for none, where the last step is the profiled one.
+    that of the slower rank, which waits for none.
     """
     from clip_ray.pipeline import session
     from clip_ray.training import launch
@@ -149,22 +149,20 @@ def harness(arguments: argparse.Namespace, worker: Any) -> dict[str, Any]:
     config = bench_config(arguments)
     with session(config, lambda line: None):
         launch.train(config, lambda line: None)
-    log = Storage(config.run_root).read_json("bench.json")
-    measured = [entry for entry in log if entry["step"] > TOWERS[arguments.towers].first]
-    last = measured[-1]
+    logs = Storage(config.run_root).read_json("bench.json")
+    measured = [entry for entry in logs[0] if entry["step"] > TOWERS[arguments.towers].first]
     return {
         "rates": [entry["images_per_s"] for entry in measured],
         "communication_share": max(entry["communication_share"] for entry in measured),
-        "transfer_share": 1
-        - last["slowest_rank_s"] * last["images_per_s"] / config.train.global_batch,
+        "transfer_share": min(log[-1]["communication_share"] for log in logs),
         "data_wait_share": float(np.mean([entry["data_wait_share"] for entry in measured])),
         "mfu": float(np.mean([entry["mfu"] for entry in measured])),
     }
 
 
 def quiet_worker(loop_config: dict[str, Any], memory: bool = False) -> None:
-    """A worker as ever that stops after the bench's steps and writes its log alone."""
-    from clip_ray.collectives import rank
+    """A worker as ever that stops after the bench's steps; the ranks' logs are all it leaves."""
+    from clip_ray.collectives import all_gather_objects, rank
     from clip_ray.training import loop, worker
 
     steps = TOWERS[loop_config["config"]["name"].split("-")[0]].steps
@@ -183,8 +181,9 @@ def quiet_worker(loop_config: dict[str, Any], memory: bool = False) -> None:
 
         def train(self) -> None:
             super().train()
+            logs = all_gather_objects(self.log)
             if rank() == 0:
-                Storage(self.config.run_root).write_json("bench.json", self.log)
+                Storage(self.config.run_root).write_json("bench.json", logs)
 
         def _validate(self) -> dict[str, float]:
             return {}
