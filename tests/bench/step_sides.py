@@ -54,7 +54,7 @@ class Towers:
     readers: int = 1
 
 
-# A run's first steps are slower than what lasts: its readers fill what they have room for.
+# In a run's first steps its readers fill what they have room for.
 LARGE = Towers(
     size=224,
     image={"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
