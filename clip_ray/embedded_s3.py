@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clip_ray.config import StorageConfig
+from clip_ray.environment import temporary_environment
 from clip_ray.errors import RunError
 from clip_ray.ports import free_ports
 from clip_ray.storage import Storage
@@ -50,7 +51,7 @@ def storage_session(config: StorageConfig) -> Iterator[Storage]:
         storage.check_bucket()
         yield storage
         return
-    with embedded_s3(folder) as environment, _environment(environment):
+    with embedded_s3(folder) as environment, temporary_environment(environment):
         storage.create_bucket()
         yield storage
 
@@ -191,17 +192,3 @@ def _keys(path: Path) -> tuple[str, str]:
             file.write(f"{secrets.token_hex(10)}\n{secrets.token_urlsafe(30)}\n")
     access_key, secret_key = path.read_text().split()
     return access_key, secret_key
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -24,6 +24,7 @@ from ray.data._internal.stats import get_or_create_stats_actor
 
 from clip_ray.config import ClusterConfig, Config
 from clip_ray.data.stream import READER_CPUS
+from clip_ray.environment import temporary_environment
 from clip_ray.errors import RunError
 from clip_ray.ports import free_ports
 
@@ -72,17 +73,17 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     if address is None:
         arguments, settings = _local_ray(config.cluster, dashboard)
         gcs = f"{ray.util.get_node_ip_address()}:{settings[GCS_PORT]}"
-        environment = _environment(gcs) | NO_DRAINS
+        of_job = _environment(gcs) | NO_DRAINS
     else:
         arguments, settings = {}, {}
-        environment = _environment(canonicalize_bootstrap_address_or_die(address))
+        of_job = _environment(canonicalize_bootstrap_address_or_die(address))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What a submitted job's runtime_env says already may be said again here.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    with _sigterm_kept(), _with_environment(settings):
+    with _sigterm_kept(), temporary_environment(settings):
         ray.init(
             address or "local",
-            runtime_env={"env_vars": environment},
+            runtime_env={"env_vars": of_job},
             log_to_driver=False,
             logging_level=logging.WARNING,
             **arguments,
@@ -124,21 +125,6 @@ def _environment(gcs: str) -> dict[str, str]:
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     # Ray Train's own actors would look for the cluster they are in, and take another one for it.
     return forwarded | TIMEOUTS | {"RAY_ADDRESS": gcs}
-
-
-@contextlib.contextmanager
-def _with_environment(settings: dict[str, str]) -> Iterator[None]:
-    """What is started within the block has these in its environment."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager
