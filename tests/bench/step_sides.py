@@ -60,7 +60,7 @@ LARGE = Towers(
     image={"patch_size": 32, "embed_dim": 768, "depth": 12, "num_heads": 12},
     text={"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
           "num_attention_heads": 8},
-    embed_dim=512, local_batch=32, steps=6, first=3,
+    embed_dim=512, local_batch=48, steps=6, first=3,
 )  # fmt: skip
 TOWERS = {
     "large": LARGE,
