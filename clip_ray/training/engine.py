@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
@@ -56,6 +57,8 @@ class Engine:
         if self.precision == "fp32":
             # PyTorch's convolutions round to TF32 on their own, its matrix products do not.
             torch.backends.cudnn.allow_tf32 = False
+        if self.precision == "fp16":
+            _allow_fp16_on_any_cpu()
         self._loss_config = config.loss
         self._local_batch, self._micro_batch = config.local_batch, config.micro_batch
         model.recompute(config.train.recompute)
@@ -230,3 +233,10 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _allow_fp16_on_any_cpu() -> None:
+    """torch computes in fp16 on every CPU, if slowly; DeepSpeed wants one that is fast at it."""
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True
