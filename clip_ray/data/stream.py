@@ -23,6 +23,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from clip_ray.data.unit import Arrays, StreamSpec, load_unit
 from clip_ray.errors import RunError
+from clip_ray.priority import COMES_FIRST
 
 # Half a CPU for each reader: they wait for S3 part of the time.
 READER_CPUS = 0.5
@@ -80,6 +81,7 @@ class _Link:
                 batch_size=None,
                 num_cpus=READER_CPUS * spec.readers_per_process,
                 label_selector=dict(spec.reader_labels),
+                runtime_env={"env_vars": COMES_FIRST},
                 compute=ray.data.ActorPoolStrategy(
                     size=min(spec.readers // spec.readers_per_process, len(blocks)),
                     max_tasks_in_flight_per_actor=UNITS_AT_PROCESS,

@@ -20,6 +20,7 @@ from clip_ray.config_file import dump_config
 from clip_ray.data.shards import Manifest, read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.errors import RunError
+from clip_ray.priority import COMES_FIRST
 from clip_ray.storage import Storage, arrow_filesystem
 from clip_ray.training.board import Heard, board_of
 from clip_ray.training.callbacks import TellsFailures, TellsState, root_cause
@@ -147,7 +148,7 @@ def _trainer(config: Config, owner: str, board: Any) -> TorchTrainer:
             storage_filesystem=arrow_filesystem(),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             callbacks=callbacks,
-            worker_runtime_env={"env_vars": WORKER_ENV},
+            worker_runtime_env={"env_vars": WORKER_ENV | COMES_FIRST},
         ),
     )
 

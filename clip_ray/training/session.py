@@ -27,6 +27,7 @@ from clip_ray.data.stream import READER_CPUS
 from clip_ray.environment import temporary_environment
 from clip_ray.errors import RunError
 from clip_ray.ports import free_ports
+from clip_ray.priority import give_way
 
 # What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
 FORWARDED = (
@@ -43,9 +44,10 @@ TIMEOUTS = {
 }
 GCS_PORT = "RAY_GCS_SERVER_PORT"
 # For Ray's own processes of a local Ray. No workers are started ahead: they would lack the job's
-# environment, and none of its tasks would be given to them.
+# environment, and none of its tasks would be given to them. Ray gives all workers the niceness 15.
 LOCAL_RAY = {
     "RAY_prestart_worker_first_driver": "0", "RAY_worker_maximum_startup_concurrency": "16",
+    "RAY_worker_niceness": "0",
 }  # fmt: skip
 # Where no dashboard listens, nobody looks at all log files ten times a second, and at all processes
 # every few seconds.
@@ -53,6 +55,7 @@ NO_DASHBOARD = {
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0", "LOG_NAME_UPDATE_INTERVAL_S": "60",
     "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "60", "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }  # fmt: skip
+GIVE_WAY = f"{give_way.__module__}.{give_way.__qualname__}"
 # For Ray Train on a local Ray, whose one node is never drained.
 NO_DRAINS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
@@ -73,17 +76,17 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     if address is None:
         arguments, settings = _local_ray(config.cluster, dashboard)
         gcs = f"{ray.util.get_node_ip_address()}:{settings[GCS_PORT]}"
-        of_job = _environment(gcs) | NO_DRAINS
+        of_job = {"env_vars": _environment(gcs) | NO_DRAINS, "worker_process_setup_hook": GIVE_WAY}
     else:
         arguments, settings = {}, {}
-        of_job = _environment(canonicalize_bootstrap_address_or_die(address))
+        of_job = {"env_vars": _environment(canonicalize_bootstrap_address_or_die(address))}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # What a submitted job's runtime_env says already may be said again here.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     with _sigterm_kept(), temporary_environment(settings):
         ray.init(
             address or "local",
-            runtime_env={"env_vars": of_job},
+            runtime_env=of_job,
             log_to_driver=False,
             logging_level=logging.WARNING,
             **arguments,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayTaskError
 
 from clip_ray.config_file import load_config
+from clip_ray.priority import COMES_FIRST, NICENESS
 from clip_ray.training.session import ray_session
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
@@ -56,3 +58,15 @@ def test_a_local_ray_starts_no_worker_before_there_is_work() -> None:
         names = [" ".join(one.cmdline()[:3]) for one in psutil.Process().children(recursive=True)]
         assert not [name for name in names if "ray::IDLE" in name or "default_worker.py" in name]
         assert "REPORTER_UPDATE_INTERVAL_MS" not in os.environ.keys() - before.keys()
+
+
+@ray.remote(num_cpus=0)
+def niceness() -> int:
+    return os.nice(0)
+
+
+def test_what_reads_and_trains_on_a_local_ray_comes_before_what_waits() -> None:
+    config = load_config(SHAPES_YAML, ["storage.root=s3://not-used"])
+    first: Any = niceness.options(runtime_env={"env_vars": COMES_FIRST})
+    with ray_session(config):
+        assert ray.get([niceness.remote(), first.remote()]) == [NICENESS, 0]
