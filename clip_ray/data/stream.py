@@ -21,7 +21,7 @@ from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from clip_ray.data.unit import Arrays, StreamSpec, load_unit
+from clip_ray.data.unit import Arrays, StreamSpec, UnitMaker
 from clip_ray.errors import RunError
 from clip_ray.priority import COMES_FIRST
 
@@ -41,7 +41,7 @@ UNITS_AHEAD = 40
 def training_stream(spec: StreamSpec, rank: int, steps: range) -> Iterator[Arrays]:
     """The micro batches of `rank` at `steps`, in order, for as many epochs as they span.
 
-    Needs a Ray session. The arrays are those of `load_unit`, read-only, for one step each. Raises
+    Needs a Ray session. The arrays are those of `UnitMaker`, read-only, for one step each. Raises
     RunError where the stream brings another step than the next one.
     """
     return checked_micro_batches(_chain(spec, rank, steps), rank, steps.start, spec.local_batch)
@@ -119,14 +119,15 @@ class UnitLoader:
     """A reader process: the actor that makes units, of which it may be asked several at once."""
 
     def __init__(self, spec: StreamSpec, rank: int, end_step: int) -> None:
-        self._spec, self._rank, self._end_step = spec, rank, end_step
+        self._units, self._rank, self._end_step = UnitMaker(spec), rank, end_step
+        self._steps_per_unit = spec.steps_per_unit
         torch.set_num_threads(1)  # of each of the process's own threads
 
     def __call__(self, batch: Arrays) -> Arrays:
         """The unit in `batch`: the step it begins at, and which part of it."""
         (first,), (part,) = batch["first_step"].tolist(), batch["part"].tolist()
-        last = min(first + self._spec.steps_per_unit, self._end_step)
-        return load_unit(self._spec, self._rank, range(first, last), part)
+        last = min(first + self._steps_per_unit, self._end_step)
+        return self._units.make(self._rank, range(first, last), part)
 
 
 def checked_micro_batches(

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from clip_ray.config import DataConfig
 from clip_ray.data.images import decode_prepared
 from clip_ray.data.order import Order
-from clip_ray.data.reader import ShardReader, open_reader
+from clip_ray.data.reader import open_reader
 from clip_ray.data.shards import Manifest, Shard
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import augment
@@ -40,7 +38,7 @@ class StreamSpec:
     """All that a reader needs to know."""
 
     data_root: str
-    shards_json: str
+    shards: Sequence[Shard]
     order: Order
     world_size: int
     image_size: int
@@ -87,7 +85,7 @@ def stream_spec(
     images_per_unit = max(1, min(UNIT_IMAGES, UNIT_BYTES // (image_size**2 * 3)))
     return StreamSpec(
         data_root=storage.root,
-        shards_json=TypeAdapter(list[Shard]).dump_json(manifest.splits["train"]).decode(),
+        shards=manifest.splits["train"],
         order=order,
         world_size=world_size,
         image_size=image_size,
@@ -101,50 +99,68 @@ def stream_spec(
     )
 
 
-def load_unit(spec: StreamSpec, rank: int, steps: range, part: int = 0) -> Arrays:
-    """Reads, decodes, crops and tokenises a unit: a part of the micro batches of `rank` at `steps`.
+class UnitMaker:
+    """Reads, decodes, crops and tokenises; several threads may ask it at once."""
 
-    Returns images [B, H, W, 3] uint8, token_ids [B, k, L] int32, token_lengths [B, k] int32 of the
-    k captions of each image, sample_ids [B] int64 and place [B, 2] int64 (step, rank), B over all
-    steps of the unit. `part` is one of `spec.units_per_step`.
-    """
-    _prefetch(spec, steps, rank, part)
-    slices = [np.array_split(spec.order.sample_ids(step), spec.world_size)[rank] for step in steps]
-    place = np.repeat([(step, rank) for step in steps], [len(each) for each in slices], axis=0)
-    sample_ids = np.array_split(np.concatenate(slices), spec.units_per_step)[part]
-    place = np.array_split(place, spec.units_per_step)[part]
-    images, texts = _views(spec, place[:, 0].tolist(), sample_ids.tolist())
-    token_ids, token_lengths = _tokenizer(spec)(texts)
-    captions = (len(sample_ids), spec.data.captions_per_image)
-    return {
-        "images": images,
-        "token_ids": token_ids.reshape(*captions, -1),
-        "token_lengths": token_lengths.reshape(captions),
-        "sample_ids": sample_ids,
-        "place": place,
-    }
+    def __init__(self, spec: StreamSpec) -> None:
+        self._spec = spec
+        self._reader = open_reader(spec.data, Storage(spec.data_root), spec.shards)
+        self._tokenizer = CaptionTokenizer(spec.tokenizer_json, spec.context_length)
+        self._threads = ThreadPoolExecutor(spec.readers_per_process)
 
+    def make(self, rank: int, steps: range, part: int = 0) -> Arrays:
+        """A unit: a part, of `spec.units_per_step`, of the micro batches of `rank` at `steps`.
 
-def _views(
-    spec: StreamSpec, steps: Sequence[int], sample_ids: Sequence[int]
-) -> tuple[NDArray[np.uint8], list[str]]:
-    """The crops and captions of samples at their steps, made by the process's threads."""
-    rows = list(_reader(spec).rows(sample_ids, columns=("image", "captions")))
-    images = np.empty((len(rows), spec.image_size, spec.image_size, 3), dtype=np.uint8)
-    drawn: list[list[str]] = [[] for _ in rows]
-    numbers = iter(range(len(rows)))  # each taken by one thread
+        Returns images [B, H, W, 3] uint8, token_ids [B, k, L] int32, token_lengths [B, k] int32 of
+        the k captions of each image, sample_ids [B] int64 and place [B, 2] int64 (step, rank), B
+        over all steps of the unit. Raises RunError where storage does not give a shard.
+        """
+        self._prefetch(steps, rank, part)
+        spec = self._spec
+        slices = [np.array_split(spec.order.sample_ids(s), spec.world_size)[rank] for s in steps]
+        place = np.repeat([(step, rank) for step in steps], [len(s) for s in slices], axis=0)
+        sample_ids = np.array_split(np.concatenate(slices), spec.units_per_step)[part]
+        place = np.array_split(place, spec.units_per_step)[part]
+        images, texts = self._views(place[:, 0].tolist(), sample_ids.tolist())
+        token_ids, token_lengths = self._tokenizer(texts)
+        captions = (len(sample_ids), spec.data.captions_per_image)
+        return {
+            "images": images,
+            "token_ids": token_ids.reshape(*captions, -1),
+            "token_lengths": token_lengths.reshape(captions),
+            "sample_ids": sample_ids,
+            "place": place,
+        }
 
-    def fill() -> None:
-        for number in numbers:
-            rng = spec.order.rng(steps[number], sample_ids[number])
-            captions, image = rows[number]["captions"], rows[number]["image"]
-            drawn[number] = _draw(captions, spec.data.captions_per_image, rng)
-            images[number] = augment(decode_prepared(image), spec.image_size, spec.data, rng)
+    def _views(
+        self, steps: Sequence[int], sample_ids: Sequence[int]
+    ) -> tuple[NDArray[np.uint8], list[str]]:
+        """The crops and captions of samples at their steps, made by the process's threads."""
+        spec = self._spec
+        rows = list(self._reader.rows(sample_ids, columns=("image", "captions")))
+        images = np.empty((len(rows), spec.image_size, spec.image_size, 3), dtype=np.uint8)
+        drawn: list[list[str]] = [[] for _ in rows]
+        numbers = iter(range(len(rows)))  # each taken by one thread
 
-    filling = [_threads(spec).submit(fill) for _ in range(spec.readers_per_process)]
-    for future in filling:
-        future.result()
-    return images, list(itertools.chain.from_iterable(drawn))
+        def fill() -> None:
+            for number in numbers:
+                rng = spec.order.rng(steps[number], sample_ids[number])
+                captions, image = rows[number]["captions"], rows[number]["image"]
+                drawn[number] = _draw(captions, spec.data.captions_per_image, rng)
+                images[number] = augment(decode_prepared(image), spec.image_size, spec.data, rng)
+
+        filling = [self._threads.submit(fill) for _ in range(spec.readers_per_process)]
+        for future in filling:
+            future.result()
+        return images, list(itertools.chain.from_iterable(drawn))
+
+    def _prefetch(self, steps: range, rank: int, part: int) -> None:
+        """This unit's share of the blocks that come into use one window later."""
+        spec, rows, last = self._spec, self._spec.order.block_rows, len(self._reader) - 1
+        for step in steps:
+            of_rank = spec.order.blocks_ahead(step)[rank :: spec.world_size]
+            starts = of_rank[part :: spec.units_per_step] * rows
+            self._reader.prefetch(min(start, last) for start in starts.tolist())
 
 
 def _draw(captions: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
@@ -153,37 +169,3 @@ def _draw(captions: Sequence[str], count: int, rng: np.random.Generator) -> list
         return [captions[int(rng.integers(len(captions)))]]
     order: list[int] = rng.permutation(len(captions)).tolist()
     return [captions[order[number % len(order)]] for number in range(count)]
-
-
-def _prefetch(spec: StreamSpec, steps: range, rank: int, part: int) -> None:
-    """This unit's share of the blocks that come into use one window later."""
-    reader, rows = _reader(spec), spec.order.block_rows
-    for step in steps:
-        of_rank = spec.order.blocks_ahead(step)[rank :: spec.world_size]
-        starts = of_rank[part :: spec.units_per_step] * rows
-        reader.prefetch(min(start, len(reader) - 1) for start in starts.tolist())
-
-
-# A reader process serves many units: what it opened once, it keeps.
-@lru_cache(maxsize=1)
-def _reader_of(data_root: str, shards_json: str, data_json: str) -> ShardReader:
-    shards = TypeAdapter(list[Shard]).validate_json(shards_json)
-    return open_reader(DataConfig.model_validate_json(data_json), Storage(data_root), shards)
-
-
-def _reader(spec: StreamSpec) -> ShardReader:
-    return _reader_of(spec.data_root, spec.shards_json, spec.data.model_dump_json())
-
-
-_threads_of: Callable[[int], ThreadPoolExecutor] = lru_cache(maxsize=1)(ThreadPoolExecutor)
-
-
-def _threads(spec: StreamSpec) -> ThreadPoolExecutor:
-    return _threads_of(spec.readers_per_process)
-
-
-_tokenizer_of: Callable[[str, int], CaptionTokenizer] = lru_cache(maxsize=1)(CaptionTokenizer)
-
-
-def _tokenizer(spec: StreamSpec) -> CaptionTokenizer:
-    return _tokenizer_of(spec.tokenizer_json, spec.context_length)

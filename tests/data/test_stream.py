@@ -21,7 +21,7 @@ from clip_ray.data.prepare import prepare
 from clip_ray.data.shards import Manifest
 from clip_ray.data.stream import checked_micro_batches, training_stream
 from clip_ray.data.tokenizer import make_tokenizer
-from clip_ray.data.unit import StreamSpec, load_unit, stream_spec
+from clip_ray.data.unit import StreamSpec, UnitMaker, stream_spec
 from clip_ray.errors import RunError
 from clip_ray.pipeline import session
 from clip_ray.storage import Storage
@@ -71,7 +71,7 @@ def test_a_large_micro_batch_is_made_in_parts(small_config: Config) -> None:
         parts = dataclasses.replace(whole, units_per_step=5, units_per_link=31)
         ids = stream_ids(parts)
         (joined,) = training_stream(parts, 1, range(4, 5))
-        made_at_once = load_unit(whole, 1, range(4, 5))
+        made_at_once = UnitMaker(whole).make(1, range(4, 5))
     assert ids == [whole.order.sample_ids(step).tolist() for step in range(START, END)]
     assert all(np.array_equal(joined[name], made_at_once[name]) for name in joined)
 
@@ -173,8 +173,9 @@ def test_a_sample_is_the_same_at_every_world_size_and_from_all_threads(
     by_id = {}
     for world_size, readers in ((1, 1), (3, 1), (1, 2)):
         spec = spec_of(small_config, manifest, world_size, readers)
+        units = UnitMaker(spec)
         for rank in range(world_size):
-            unit = load_unit(spec, rank, range(START, START + 1))
+            unit = units.make(rank, range(START, START + 1))
             for row, sample_id in enumerate(unit["sample_ids"].tolist()):
                 sample = {name: unit[name][row] for name in ("images", "token_ids")}
                 before = by_id.setdefault(sample_id, sample)

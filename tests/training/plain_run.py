@@ -12,7 +12,7 @@ from clip_ray.collectives import broadcast_object, rank, world_size
 from clip_ray.config import Config
 from clip_ray.data.shards import read_manifest
 from clip_ray.data.tokenizer import CaptionTokenizer
-from clip_ray.data.unit import load_unit
+from clip_ray.data.unit import UnitMaker
 from clip_ray.storage import Storage
 from clip_ray.training.context import Asked
 from clip_ray.training.ledger import Ledger
@@ -33,11 +33,8 @@ class PlainContext:
     def __init__(
         self, config: Config, tokenizer: CaptionTokenizer, owner: str, cut_at: int, stop_at: int
     ) -> None:
-        self._spec, self._cut_at, self._stop_at = (
-            make_stream_spec(config, tokenizer),
-            cut_at,
-            stop_at,
-        )
+        self._maker = UnitMaker(make_stream_spec(config, tokenizer))
+        self._cut_at, self._stop_at = cut_at, stop_at
         self.owner, self.node, self.decided, self._done = owner, "here", False, 0
         self.ids: dict[int, list[int]] = {}
         self.said: list[str] = []
@@ -48,7 +45,7 @@ class PlainContext:
 
     def _units(self, steps: range) -> Iterator[dict[str, Any]]:
         for step in steps:
-            unit = load_unit(self._spec, rank(), range(step, step + 1))
+            unit = self._maker.make(rank(), range(step, step + 1))
             self.ids[step] = unit["sample_ids"].tolist()
             yield unit
 
