@@ -16,6 +16,8 @@ from clip_ray.pipeline import session
 from clip_ray.storage import Storage
 from clip_ray.training.stragglers import straggler
 
+# Far above what a machine that is busy otherwise makes of a step.
+SLOW_S = 2.0
 NODES = ["10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2"]
 
 
@@ -40,7 +42,7 @@ def run_with_a_slow_rank(tree: dict[str, Any]) -> tuple[list[str], list[dict[str
 
     def slow(*arguments: Any, **options: Any) -> Any:
         if rank() == 1:
-            time.sleep(0.5)
+            time.sleep(SLOW_S)
         return forward(*arguments, **options)
 
     setattr(CLIP, "forward", slow)  # noqa: B010
@@ -53,10 +55,12 @@ def run_with_a_slow_rank(tree: dict[str, Any]) -> tuple[list[str], list[dict[str
 @pytest.mark.s3
 @pytest.mark.timeout(200)
 def test_a_slow_rank_of_a_run_is_named(small_config: Config) -> None:
-    config = override(small_config, ["cluster.num_workers=2", "logging.tensorboard=false"])
+    config = override(small_config, [
+        "cluster.num_workers=2", "logging.tensorboard=false", "train.epochs=1",
+    ])  # fmt: skip
     with session(config, print):
         prepare(config.data, Storage(config.data_root), print)
     (said, log), _ = run_ranks(2, run_with_a_slow_rank, config.model_dump(mode="json"))
-    assert any("wait for rank 1 on here: 0." in line for line in said)
-    assert log[-1]["slowest_rank_s"] > 0.4
+    assert any("wait for rank 1 on here: " in line for line in said)
+    assert log[-1]["slowest_rank_s"] > SLOW_S
     assert log[-1]["slowest_rank_s"] > 1.25 * log[-1]["median_rank_s"] > 0
