@@ -174,22 +174,26 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(value) / world_size()
 
 
-def any_rank(flag: Tensor) -> bool:
-    """Whether a bool is true on some rank. Every rank must call it."""
-    if world_size() > 1:
-        flag = flag.int()
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 def max_over_ranks(values: Sequence[int]) -> list[int]:
     """The largest of the ranks' values, each by itself. Every rank must call it."""
-    if world_size() == 1:
-        return [int(value) for value in values]
     device = "cuda" if backend() == "nccl" else "cpu"
     largest = torch.tensor([int(value) for value in values], device=device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
+
+
+def votes_of_ranks(flag: Tensor, votes: Sequence[int]) -> tuple[bool, list[int]]:
+    """Whether a bool is true on some rank, and the largest of the ranks' votes, each by itself.
+
+    One reduction for both. Every rank must call it, with as many votes.
+    """
+    largest = torch.tensor([0, *votes], device=flag.device)
+    largest[0] = flag
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    is_true, *voted = largest.tolist()
+    return bool(is_true), voted
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -45,7 +45,7 @@ class WorkerContext(Protocol):
         ...
 
     def asked(self) -> Asked:
-        """What is wanted of the run since the last call. Called after each step; must not wait."""
+        """What is wanted of the run since the last call. Called in each step; must not wait."""
         ...
 
     def report(self, metrics: dict[str, float]) -> None:

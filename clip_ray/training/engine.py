@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import deepspeed
@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from clip_ray.collectives import any_rank, rank
+from clip_ray.collectives import rank, votes_of_ranks
 from clip_ray.config import Config, OptimConfig
 from clip_ray.loss.contrastive import contrastive_loss
 from clip_ray.model.clip import CLIP
@@ -29,6 +29,7 @@ from clip_ray.training.masters import Masters
 INPUTS = ("images", "token_ids", "token_lengths")
 # The first loss scale in fp16 is two to this power; it halves and doubles from there.
 FP16_SCALE_POWER = 16
+Votes = Callable[[], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class StepResult:
     """What one step left behind: this rank's loss, exp(logit_scale) before it, gradient norm.
 
     `skipped`: some rank's loss was not finite, or a gradient in fp16, and no rank has stepped.
+    `voted`: the largest of the ranks' votes, each by itself.
     """
 
     loss: Tensor
     scale: Tensor
     grad_norm: float = 0.0
     skipped: bool = False
+    voted: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -89,13 +92,16 @@ class Engine:
         """The model; under ZeRO-3 its parameters are whole only inside a forward."""
         return self._engine.module
 
-    def train_step(self, batch: Mapping[str, Tensor], lr: float) -> StepResult:
+    def train_step(
+        self, batch: Mapping[str, Tensor], lr: float, votes: Votes = lambda: ()
+    ) -> StepResult:
         """One optimizer step on this rank's part of the global batch.
 
         images: [B, H, W, 3], token_ids: [B, k, L], token_lengths: [B, k], image_ids: [B] where an
         image may come twice. Larger parts than the micro batch go through the model in several
-        forwards, with the gradient of one (GradCache). Raises ValueError where B is another than
-        the config's: ranks with unequal parts would wait for each other.
+        forwards, with the gradient of one (GradCache). `votes`, called in the middle of the step:
+        what the ranks are to agree on besides. Raises ValueError where B is another than the
+        config's: ranks with unequal parts would wait for each other.
         """
         if len(batch["images"]) != self._local_batch:
             raise ValueError(
@@ -105,7 +111,7 @@ class Engine:
         self._engine.train()
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        result = self._forward_and_backward(batch)
+        result = self._forward_and_backward(batch, votes)
         if not result.skipped:
             self._engine.step()
             overflow = bool(getattr(self._optimizer, "overflow", False))
@@ -116,7 +122,7 @@ class Engine:
             self.masters.update_average()
         return result
 
-    def _forward_and_backward(self, batch: Mapping[str, Tensor]) -> StepResult:
+    def _forward_and_backward(self, batch: Mapping[str, Tensor], votes: Votes) -> StepResult:
         image_ids, micro_batches = batch.get("image_ids"), self._micro_batches(batch)
         if len(micro_batches) == 1:
             outputs: Outputs = self._engine(**micro_batches[0])
@@ -125,9 +131,10 @@ class Engine:
         else:
             states, leaves = self._features_without_graph(micro_batches)
             loss = self._loss(leaves, image_ids)
-        result = StepResult(loss.detach(), leaves[2].detach())
-        if any_rank(~torch.isfinite(loss)):
-            return replace(result, skipped=True)
+        skipped, voted = votes_of_ranks(~torch.isfinite(loss), votes())
+        result = StepResult(loss.detach(), leaves[2].detach(), skipped=skipped, voted=voted)
+        if skipped:
+            return result
         if states:
             loss.backward()
             self._backward_again(micro_batches, states, leaves)

@@ -11,9 +11,9 @@ import torch
 
 from clip_ray.collectives import (
     all_gather_objects,
-    any_rank,
     backend,
     broadcast_object,
+    max_over_ranks,
     mean_over_ranks,
     rank,
     world_size,
@@ -92,7 +92,7 @@ class Trainer:
             lr = learning_rate(step, self.total_steps, self.config.optim)
             seed_generators(self.engine.device, step_seed(self.config.seed, step, rank()))
             with self._meter.step(flops(batch["token_ids"].shape[-1])):
-                result = self.engine.train_step(batch, lr)
+                result = self.engine.train_step(batch, lr, self._votes)
             if step == self.start_step:
                 self._first_step_at_s = time.time()
             self._count_skipped(step, result)
@@ -100,11 +100,14 @@ class Trainer:
                 break
         self.saver.finish()
 
+    def _votes(self) -> list[int]:
+        return self.saver.votes(self.context.asked())
+
     def _after_step(self, done: int, result: StepResult, lr: float) -> bool:
         """Logs, validates and saves what is due; whether training goes on."""
         epoch, of_epoch = divmod(done, self.order.steps_per_epoch)
         ends_epoch, ends = of_epoch == 0, done == self.total_steps
-        asked, due = self.saver.poll(done, self.context.asked())
+        asked, due = self.saver.poll(done, result.voted)
         if done % self.config.logging.every_steps == 0 or ends_epoch or done == 1 or due:
             self._log_step(done, result, lr)
         metrics = self._validate() if ends_epoch else {}
@@ -221,7 +224,7 @@ class Trainer:
         """Takes the newest checkpoint that is whole; the step to go on at."""
         for entry in reversed(entries):
             found, error = self._read(entry)
-            if not any_rank(torch.tensor(error is not None, device=self.engine.device)):
+            if not any(max_over_ranks([error is not None])):
                 assert found is not None
                 self.engine.masters.load_state(found.tensors)
                 self.log = found.log

@@ -1,7 +1,7 @@
 """When checkpoints are taken, and how training goes on meanwhile: one rank's side of it.
 
 A snapshot of this rank's shard is copied to host memory; a thread uploads it. When every rank's
-part is there, rank 0's thread commits. Ranks agree by one small reduction after each step.
+part is there, rank 0's thread commits. Ranks agree by their votes in each step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,16 +83,23 @@ class Saver:
         self._best = best[0].metrics[BEST_METRIC] if best else -math.inf
         self.figures = Figures()
 
-    def poll(self, step: int, asked: Asked) -> tuple[Asked, bool]:
-        """Moves what is on its way; what is asked of all ranks, and whether a checkpoint is due."""
+    def votes(self, asked: Asked) -> list[int]:
+        """This rank's, for `poll`: how far its part of a checkpoint is, and what is asked of it."""
         pending = self._pending
         busy = pending is not None and not pending.future.done()
         failed = pending is not None and not busy and pending.future.exception() is not None
         minutes = self._config.every_minutes if pending is None else None
         late = minutes is not None and time.monotonic() - self._last_s > 60 * minutes
-        busy, failed, late, asked_of_all = max_over_ranks([busy, failed, late, asked])
-        if pending is not None and not busy:
-            self._advance(pending, bool(failed))
+        return [busy, failed, late, asked]
+
+    def poll(self, step: int, voted: Sequence[int]) -> tuple[Asked, bool]:
+        """Moves what is on its way, once no rank's `votes` say that it is busy.
+
+        What is asked of some rank, and whether a checkpoint is due.
+        """
+        busy, failed, late, asked_of_all = voted
+        if self._pending is not None and not busy:
+            self._advance(self._pending, bool(failed))
         every = self._config.every_steps
         due = bool(late) or asked_of_all > 0 or (every is not None and step % every == 0)
         return Asked(asked_of_all), due
@@ -146,7 +153,7 @@ class Saver:
     def _await_pending(self) -> None:
         while self._pending is not None:
             self._pending.future.exception()  # waits
-            self.poll(0, Asked.NOTHING)
+            self.poll(0, max_over_ranks(self.votes(Asked.NOTHING)))
 
     def _advance(self, pending: _Pending, failed: bool) -> None:
         """All ranks are through with an upload, or rank 0 with the commit."""

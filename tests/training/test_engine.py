@@ -107,10 +107,12 @@ def step_is_skipped(stage: int, micro_batch: int) -> bool:
     before, right = engine.masters.weights(), engine._loss
     if rank() == 1:
         engine._loss = lambda outputs, image_ids: right(outputs, image_ids) * torch.nan
-    skipped = engine.train_step(batch(), lr=1e-3).skipped
+    first = engine.train_step(batch(), lr=1e-3, votes=lambda: [rank(), 3 - rank()])
     untouched = same(before, engine.masters.weights())
     engine._loss = right
-    stepped = not engine.train_step(batch(), lr=1e-3).skipped
+    second = engine.train_step(batch(), lr=1e-3, votes=lambda: [0, rank()])
+    assert (first.voted, second.voted) == ([1, 3], [0, 1])
+    skipped, stepped = first.skipped, not second.skipped
     return skipped and untouched and stepped and not same(before, engine.masters.weights())
 
 
