@@ -39,22 +39,9 @@ def cluster(s3_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
 
 def looking_worker(folder: Path) -> Callable[[dict[str, Any]], None]:
-    """A worker that writes down where it is."""
+    """A worker that takes one micro batch, and writes down where it and the readers are."""
 
     def look(loop_config: dict[str, Any]) -> None:
-        import ray.train
-
-        rank = ray.train.get_context().get_world_rank()
-        (folder / f"{rank}.txt").write_text(ray.get_runtime_context().get_node_id())
-
-    return look
-
-
-def reading_worker(folder: Path) -> Callable[[dict[str, Any]], None]:
-    """A worker that takes one micro batch, and writes down where it and the readers are."""
-    look = looking_worker(folder)
-
-    def read(loop_config: dict[str, Any]) -> None:
         import ray.train
         from ray._private.state import actors  # without a dashboard
 
@@ -72,43 +59,41 @@ def reading_worker(folder: Path) -> Callable[[dict[str, Any]], None]:
         stream = training_stream(make_stream_spec(config, tokenizer), rank, range(1000))
         next(stream)
         alive = [actor for actor in actors().values() if actor["State"] == "ALIVE"]
-        readers = [
-            actor["Address"]["NodeID"] for actor in alive if "MapWorker" in actor["ActorClassName"]
-        ]
-        (folder / f"readers-{rank}.json").write_text(json.dumps(readers))
-        look(loop_config)
+        seen = {
+            "worker": ray.get_runtime_context().get_node_id(),
+            "readers": [
+                actor["Address"]["NodeID"]
+                for actor in alive
+                if "MapWorker" in actor["ActorClassName"]
+            ],
+        }
+        (folder / f"{rank}.json").write_text(json.dumps(seen))
 
-    return read
-
-
-def test_readers_are_where_their_label_is_and_ranks_node_by_node(
-    cluster: Cluster, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "train_worker", reading_worker(tmp_path))
-    config = override(small_config, [
-        "cluster.insecure=true", "cluster.cpus_per_worker=1.5", "cluster.readers_per_worker=1",
-        "cluster.reader_labels={role: reader}", "cluster.num_workers=4",
-    ])  # fmt: skip
-    with session(config, print):
-        prepare(config.data, Storage(config.data_root), print)
-        first, second = worker_nodes(config, tmp_path)
-        assert first != second
-        labelled = {node["NodeID"] for node in ray.nodes() if node["Labels"].get("role")}
-    for rank in range(4):
-        assert set(json.loads((tmp_path / f"readers-{rank}.json").read_text())) == labelled
+    return look
 
 
-def test_workers_are_packed_or_spread_as_the_config_says(
-    cluster: Cluster, small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def placed(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Two workers, two of which fit on a node, and a labelled reader for each."""
     monkeypatch.setattr(launch, "train_worker", looking_worker(tmp_path))
-    config = override(small_config, [
-        "cluster.insecure=true", "cluster.cpus_per_worker=1.5", "cluster.num_workers=2",
+    return override(small_config, [
+        "cluster.insecure=true", "cluster.cpus_per_worker=1.5", "cluster.readers_per_worker=1",
+        "cluster.reader_labels={role: reader}", "cluster.num_workers=2",
     ])  # fmt: skip
-    with session(config, print):
-        prepare(config.data, Storage(config.data_root), print)
-        assert len(worker_nodes(override(config, ["name=packed"]), tmp_path)) == 1
-        spread = override(config, ["cluster.placement=spread", "name=spread"])
+
+
+def test_ranks_are_node_by_node(cluster: Cluster, placed: Config, tmp_path: Path) -> None:
+    with session(placed, print):
+        prepare(placed.data, Storage(placed.data_root), print)
+        first, second = worker_nodes(override(placed, ["cluster.num_workers=4"]), tmp_path)
+        assert first != second
+
+
+def test_workers_are_packed_or_spread(cluster: Cluster, placed: Config, tmp_path: Path) -> None:
+    with session(placed, print):
+        prepare(placed.data, Storage(placed.data_root), print)
+        assert len(worker_nodes(override(placed, ["name=packed"]), tmp_path)) == 1
+        spread = override(placed, ["cluster.placement=spread", "name=spread"])
         assert len(worker_nodes(spread, tmp_path)) == 2
 
 
@@ -130,7 +115,16 @@ def test_a_run_whose_nodes_do_not_come_says_so_and_ends(
 
 
 def worker_nodes(config: Config, folder: Path) -> list[str]:
-    """The nodes of the workers by rank, each once: one that comes again would come twice."""
+    """The nodes of the workers by rank, each once: one that comes again would come twice.
+
+    Readers must be where their label is.
+    """
     launch.train(config, print)
-    nodes = [(folder / f"{rank}.txt").read_text() for rank in range(config.cluster.num_workers)]
+    seen = [
+        json.loads((folder / f"{rank}.json").read_text())
+        for rank in range(config.cluster.num_workers)
+    ]
+    labelled = {node["NodeID"] for node in ray.nodes() if node["Labels"].get("role") == "reader"}
+    assert {node for each in seen for node in each["readers"]} == labelled
+    nodes = [each["worker"] for each in seen]
     return [node for number, node in enumerate(nodes) if number == 0 or node != nodes[number - 1]]
