@@ -79,11 +79,11 @@ class _Link:
                 UnitLoader,
                 fn_constructor_args=(spec, rank, steps.stop),
                 batch_size=None,
-                num_cpus=READER_CPUS * spec.readers_per_process,
+                num_cpus=READER_CPUS,
                 label_selector=dict(spec.reader_labels),
                 runtime_env={"env_vars": COMES_FIRST},
                 compute=ray.data.ActorPoolStrategy(
-                    size=min(spec.readers // spec.readers_per_process, len(blocks)),
+                    size=min(spec.readers, len(blocks)),
                     max_tasks_in_flight_per_actor=UNITS_AT_PROCESS,
                     max_concurrent_calls_per_actor=UNITS_BEGUN,
                     enable_true_multi_threading=True,

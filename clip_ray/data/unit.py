@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +27,6 @@ Arrays = dict[str, NDArray[Any]]
 UNIT_IMAGES = 128
 UNIT_BYTES = 20 * 2**20
 UNITS_PER_LINK = 2000
-# Readers are threads. Two of a process make one unit together, so that units are ready one by one;
-# more would wait for the interpreter.
-READERS_PER_PROCESS = 2
 
 
 @dataclass(frozen=True)
@@ -50,11 +46,6 @@ class StreamSpec:
     steps_per_unit: int  # whose micro batches one task makes
     units_per_step: int = 1  # tasks that make one micro batch; more than one where it is large
     units_per_link: int = UNITS_PER_LINK
-
-    @property
-    def readers_per_process(self) -> int:
-        """Threads of a reader process; an odd number of readers has a process each."""
-        return 1 if self.readers % READERS_PER_PROCESS else READERS_PER_PROCESS
 
     @property
     def local_batch(self) -> int:
@@ -106,7 +97,8 @@ class UnitMaker:
         self._spec = spec
         self._reader = open_reader(spec.data, Storage(spec.data_root), spec.shards)
         self._tokenizer = CaptionTokenizer(spec.tokenizer_json, spec.context_length)
-        self._threads = ThreadPoolExecutor(spec.readers_per_process)
+        # Two units begun are ready one by one, and do not wait for each other's interpreter.
+        self._decoding = threading.Lock()
 
     def make(self, rank: int, steps: range, part: int = 0) -> Arrays:
         """A unit: a part, of `spec.units_per_step`, of the micro batches of `rank` at `steps`.
@@ -121,7 +113,9 @@ class UnitMaker:
         place = np.repeat([(step, rank) for step in steps], [len(s) for s in slices], axis=0)
         sample_ids = np.array_split(np.concatenate(slices), spec.units_per_step)[part]
         place = np.array_split(place, spec.units_per_step)[part]
-        images, texts = self._views(place[:, 0].tolist(), sample_ids.tolist())
+        rows = list(self._reader.rows(sample_ids.tolist(), columns=("image", "captions")))
+        with self._decoding:
+            images, texts = self._views(rows, place[:, 0].tolist(), sample_ids.tolist())
         token_ids, token_lengths = self._tokenizer(texts)
         captions = (len(sample_ids), spec.data.captions_per_image)
         return {
@@ -133,26 +127,17 @@ class UnitMaker:
         }
 
     def _views(
-        self, steps: Sequence[int], sample_ids: Sequence[int]
+        self, rows: Sequence[Mapping[str, Any]], steps: Sequence[int], sample_ids: Sequence[int]
     ) -> tuple[NDArray[np.uint8], list[str]]:
-        """The crops and captions of samples at their steps, made by the process's threads."""
+        """The crops and captions of samples at their steps."""
         spec = self._spec
-        rows = list(self._reader.rows(sample_ids, columns=("image", "captions")))
         images = np.empty((len(rows), spec.image_size, spec.image_size, 3), dtype=np.uint8)
-        drawn: list[list[str]] = [[] for _ in rows]
-        numbers = iter(range(len(rows)))  # each taken by one thread
-
-        def fill() -> None:
-            for number in numbers:
-                rng = spec.order.rng(steps[number], sample_ids[number])
-                captions, image = rows[number]["captions"], rows[number]["image"]
-                drawn[number] = _draw(captions, spec.data.captions_per_image, rng)
-                images[number] = augment(decode_prepared(image), spec.image_size, spec.data, rng)
-
-        filling = [self._threads.submit(fill) for _ in range(spec.readers_per_process)]
-        for future in filling:
-            future.result()
-        return images, list(itertools.chain.from_iterable(drawn))
+        texts: list[str] = []
+        for number, (row, step, sample_id) in enumerate(zip(rows, steps, sample_ids, strict=True)):
+            rng = spec.order.rng(step, sample_id)
+            texts += _draw(row["captions"], spec.data.captions_per_image, rng)
+            images[number] = augment(decode_prepared(row["image"]), spec.image_size, spec.data, rng)
+        return images, texts
 
     def _prefetch(self, steps: range, rank: int, part: int) -> None:
         """This unit's share of the blocks that come into use one window later."""

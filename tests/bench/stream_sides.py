@@ -1,7 +1,7 @@
 """One side of the stream's bench, in a process of its own: python stream_sides.py SIDE OPTIONS.
 
-Every side reads the same JPEGs from the same object store with READERS processes (ours: threads of
-one), and ends with one JSON object.
+Every side reads the same JPEGs from the same object store with READERS processes, and ends with one
+JSON object.
 """
 
 from __future__ import annotations
