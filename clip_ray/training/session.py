@@ -97,7 +97,7 @@ def ray_session(config: Config, dashboard: bool = False) -> Iterator[None]:
     try:
         if address is not None:
             _refuse_open_cluster(config.cluster)
-            _start_data_actors()
+        _start_data_actors()
         yield
     finally:
         ray.shutdown()
@@ -153,7 +153,8 @@ def _refuse_open_cluster(cluster: ClusterConfig) -> None:
 def _start_data_actors() -> None:
     """Starts Ray Data's detached actors on the driver's node, before a worker does on its own.
 
-    They outlive the job, and a node that has one is never idle: no autoscaler would end it.
+    They outlive the job, and a node that has one is never idle: no autoscaler would end it. On a
+    local Ray they would not give way if a worker, which comes first, had started them.
     """
     get_or_create_autoscaling_coordinator()
     get_or_create_actor_location_tracker()
