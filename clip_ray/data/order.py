@@ -10,6 +10,7 @@ slices of the same global batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 Positions = NDArray[np.uint64]
 _ROUNDS = 6
+# What a batch has in common with the next, and its parts with each other, is kept. That keeps an
+# order, too, which is small.
+CACHED = 4
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,17 @@ class Order:
         """Global batches in an epoch."""
         return self.num_samples // self.global_batch
 
+    @lru_cache(maxsize=CACHED)  # noqa: B019
     def sample_ids(self, step: int) -> Ids:
-        """The ids of global batch `step`, counted from the start of the run: [G] int64."""
+        """The ids of global batch `step`, from the start of the run: [G] int64, read-only."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         start = step_of_epoch * self.global_batch
-        return self._at(np.arange(start, start + self.global_batch, dtype=np.int64), epoch)
+        stop, parts = start + self.global_batch, list[Ids]()
+        while start < stop:
+            number, first = self._window_of(start, epoch)
+            parts.append(self._window(number, epoch)[start - first : stop - first])
+            start += len(parts[-1])
+        return _read_only(np.concatenate(parts))
 
     def rng(self, step: int, sample_id: int) -> np.random.Generator:
         """The random state of a sample in the epoch of `step`: its caption, its crop."""
@@ -66,37 +76,52 @@ class Order:
     def _blocks_at(self, slots: Ids, epoch: int) -> Ids:
         return permute(slots.astype(np.uint64), self._blocks, _key(self.seed, epoch))
 
-    def _at(self, positions: Ids, epoch: int) -> Ids:
-        """The ids at `positions` of an epoch.
+    def _window_of(self, position: int, epoch: int) -> tuple[int, int]:
+        """The window of a position of an epoch, and the window's first position.
 
         The last block may be short. In the window that it falls into it counts as the last, and
         the positions of all windows after that one are shifted by what it lacks.
         """
-        key, rows = _key(self.seed, epoch), self.block_rows
-        lacking = self._blocks * rows - self.num_samples
-        short_slot = unpermute(self._blocks - 1, self._blocks, key)
-        short_window = short_slot // self.window_blocks
-        window_rows = self.window_blocks * rows
-        past_short = positions >= self._window_end(short_window) - lacking
-        window, inside = np.divmod(positions + lacking * past_short, window_rows)
-        slots, offsets = np.empty_like(inside), np.empty_like(inside)
-        for number in np.unique(window).tolist():
-            mine = window == number
-            is_short = number == short_window
-            size = self._window_end(number) - number * window_rows - lacking * is_short
-            window_key = _key(key, number + 1)
-            shuffled = permute(inside[mine].astype(np.uint64), size, window_key)
-            slot, offsets[mine] = np.divmod(shuffled, rows)
-            slot += number * self.window_blocks
-            if is_short:
-                last = self._window_end(number) // rows - 1
-                slot = np.where(slot == last, short_slot, np.where(slot == short_slot, last, slot))
-            slots[mine] = slot
-        return self._blocks_at(slots, epoch) * rows + offsets
+        short_window = self._short_slot(epoch) // self.window_blocks
+        past_short = position >= self._window_end(short_window) - self._lacking
+        shift = self._lacking if past_short else 0
+        window_rows = self.window_blocks * self.block_rows
+        number = (position + shift) // window_rows
+        return number, number * window_rows - shift
+
+    @lru_cache(maxsize=CACHED)  # noqa: B019
+    def _window(self, number: int, epoch: int) -> Ids:
+        """All ids of a window of an epoch."""
+        key, rows, short_slot = _key(self.seed, epoch), self.block_rows, self._short_slot(epoch)
+        is_short = number == short_slot // self.window_blocks
+        first_slot, end = number * self.window_blocks, self._window_end(number)
+        size = end - first_slot * rows - (self._lacking if is_short else 0)
+        shuffled = permute(np.arange(size, dtype=np.uint64), size, _key(key, number + 1))
+        slots, offsets = np.divmod(shuffled, rows)
+        slots += first_slot
+        if is_short:
+            last = end // rows - 1
+            slots = np.where(slots == last, short_slot, np.where(slots == short_slot, last, slots))
+        return _read_only(self._blocks_at(slots, epoch) * rows + offsets)
+
+    @property
+    def _lacking(self) -> int:
+        """Rows that the last block lacks."""
+        return self._blocks * self.block_rows - self.num_samples
+
+    @lru_cache(maxsize=CACHED)  # noqa: B019
+    def _short_slot(self, epoch: int) -> int:
+        """Where an epoch has the last block."""
+        return unpermute(self._blocks - 1, self._blocks, _key(self.seed, epoch))
 
     def _window_end(self, window: int) -> int:
         """The row after a window, as if every block were full."""
         return min((window + 1) * self.window_blocks, self._blocks) * self.block_rows
+
+
+def _read_only(ids: Ids) -> Ids:
+    ids.flags.writeable = False
+    return ids
 
 
 def permute(positions: Positions, size: int, key: int) -> Ids:
@@ -143,6 +168,7 @@ def _mix(values: Positions) -> Positions:
     return values ^ (values >> np.uint64(31))
 
 
+@lru_cache(maxsize=1024)
 def _key(seed: int, number: int) -> int:
     state = np.array([(seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64], dtype=np.uint64)
     return int(_mix(state)[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import tempfile
@@ -33,6 +34,8 @@ Columns = dict[str, Callable[[int], Any]]
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5
 FETCHERS = 4
+# Of the node, for groups with different numbers.
+LOCKS = 64
 # Row groups that stay mapped from one call to the next.
 MAPPED = 256
 
@@ -112,9 +115,18 @@ class ShardReader:
 
     def _fetch(self, shard: int, group: int) -> None:
         path = self._path(shard, group)
-        if path.exists():
-            return
-        table = self._download(shard, group)
+        with self._turn(group):
+            if not path.exists():
+                self._keep(self._download(shard, group), path)
+
+    @contextlib.contextmanager
+    def _turn(self, group: int) -> Iterator[None]:
+        """Of one thread of the node at a time, or all readers would fetch their first groups."""
+        with (self._folder / f"{group % LOCKS:02d}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, or with the process
+            yield
+
+    def _keep(self, table: pa.Table, path: Path) -> None:
         self._make_room(table.nbytes)
         descriptor, temporary = tempfile.mkstemp(dir=self._folder, suffix=".part")
         os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,6 +64,24 @@ def test_any_rows_in_any_order_and_each_group_is_fetched_once(
         storage.delete(shard.key)
     again = ShardReader(storage, shards, tmp_path, limit_bytes=1e9)
     assert [row["image_id"] for row in again.rows(wanted)] == wanted
+
+
+def test_readers_that_want_the_same_group_at_once_fetch_it_once(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, fetched = shards_of(storage, (40,)), []
+    download = ShardReader._download
+
+    def counted(self: ShardReader, shard: int, group: int) -> pa.Table:
+        fetched.append(group)
+        return download(self, shard, group)
+
+    monkeypatch.setattr(ShardReader, "_download", counted)
+    readers = [ShardReader(storage, shards, tmp_path, limit_bytes=1e9) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        rows = list(threads.map(lambda reader: list(reader.rows(range(40))), readers))
+    assert rows[0] == rows[1] == rows[2]
+    assert sorted(fetched) == list(range(10))
 
 
 def test_the_cache_keeps_to_its_size(storage: Storage, tmp_path: Path) -> None:
