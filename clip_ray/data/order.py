@@ -2,8 +2,8 @@
 
 An epoch shuffles blocks of neighbouring samples, then the samples of each window of blocks: a
 window is what readers hold at a time, so that storage is read in blocks, each of them once. Both
-shuffles are keyed permutations, evaluated only where they are asked for: memory does not grow with
-the data set, and any step can be started at. The order does not know the world size: ranks take
+shuffles are keyed permutations, evaluated for one window at a time: memory does not grow with the
+data set, and any step can be started at. The order does not know the world size: ranks take
 slices of the same global batch.
 """
 
