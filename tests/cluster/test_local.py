@@ -30,6 +30,7 @@ from clip_ray.cluster.processes import recall
 from clip_ray.config_file import shipped
 from clip_ray.data.shapes import ShapesSpec, write_shapes
 from clip_ray.embedded_s3 import embedded_s3
+from clip_ray.errors import RunError
 from clip_ray.storage import Storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(600)]
@@ -93,7 +94,8 @@ def nodes_meanwhile(folder: Path) -> Iterator[set[int]]:
 
     def look() -> None:
         while not over.wait(1):
-            counts.add(nodes(folder))
+            with contextlib.suppress(RunError, OSError):  # busy: the next look tells
+                counts.add(nodes(folder))
 
     with ThreadPoolExecutor(1) as pool:
         looking = pool.submit(look)
