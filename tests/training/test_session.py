@@ -51,10 +51,16 @@ def test_a_session_without_a_dashboard_takes_no_other_for_its_own(another_ray: C
 
 
 def test_a_local_ray_starts_no_worker_before_there_is_work() -> None:
-    """It would lack the job's environment, and idle beside those that have it."""
+    """It would lack the job's environment, and idle beside those that have it.
+
+    Ray Data's actors are work: a worker that starts for one of them has not idled.
+    """
     config, before = load_config(SHAPES_YAML, ["storage.root=s3://not-used"]), dict(os.environ)
     with ray_session(config):
         time.sleep(2)
+        found: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+        actors = [ray.get_actor(**one) for one in found]
+        assert len(ray.get([actor.__ray_ready__.remote() for actor in actors], timeout=60)) == 3
         names = [" ".join(one.cmdline()[:3]) for one in psutil.Process().children(recursive=True)]
         assert not [name for name in names if "ray::IDLE" in name or "default_worker.py" in name]
         assert "REPORTER_UPDATE_INTERVAL_MS" not in os.environ.keys() - before.keys()
