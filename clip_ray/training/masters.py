@@ -261,7 +261,7 @@ class Masters:
         """AdamW makes its state at its first step; a restored one needs it before."""
         for flat in self._flats():
             self._inner.state[flat] = {
-                "step": step.clone(),
+                "step": step.to(flat.device, copy=True),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
         self._link_moments()
