@@ -197,9 +197,5 @@ def _values(array: pa.Array) -> Callable[[int], Any]:
 
 def open_reader(config: DataConfig, storage: Storage, shards: Sequence[Shard]) -> ShardReader:
     """A reader of `shards` with the cache that the config names, or the user's on this node."""
-    return ShardReader(storage, shards, cache_folder(config), config.cache_mib * 2**20)
-
-
-def cache_folder(config: DataConfig) -> Path:
-    """The folder that the config names, or the user's on this node."""
-    return Path(config.cache_dir or f"{tempfile.gettempdir()}/clip-ray-{os.getuid()}")
+    folder = config.cache_dir or str(Path(tempfile.gettempdir()) / f"clip-ray-{os.getuid()}")
+    return ShardReader(storage, shards, Path(folder), config.cache_mib * 2**20)

@@ -18,11 +18,9 @@ import pyarrow as pa
 import ray.data
 import torch
 from ray.data import ExecutionResources
-from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from clip_ray.data.turns import new_stream
 from clip_ray.data.unit import Arrays, StreamSpec, UnitMaker
 from clip_ray.errors import RunError
 from clip_ray.priority import COMES_FIRST
@@ -33,10 +31,9 @@ READER_CPUS = 0.5
 UNITS_AT_PROCESS = 4
 UNITS_BEGUN = 2
 # Of a worker's finished units in the object store, so that nothing spills. Beside them are those
-# at the readers and two on their way to the worker.
+# at the readers and three on their way to the worker.
 STORE_BYTES = 256 * 2**20
-# Ray Data waits for finished units, and looks at them, this long apart.
-SCHEDULER_WAIT_S, SCHEDULER_PAUSE_S = 0.04, 0.02
+SCHEDULER_PAUSE_S = 0.02
 # Units before a link's end at which the next one starts its readers, which takes seconds.
 UNITS_AHEAD = 40
 
@@ -72,7 +69,7 @@ class _Link:
         self._length = len(blocks)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.custom_execution_callback_classes = [_Pace]
+        context.custom_execution_callback_classes = [_Unhurried]
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(
             object_store_memory=max(STORE_BYTES, 2 * spec.unit_bytes)
@@ -80,7 +77,7 @@ class _Link:
         with ray.data.DataContext.current(context):
             units: Any = ray.data.from_blocks(blocks).map_batches(
                 UnitLoader,
-                fn_constructor_args=(spec, rank, steps.stop, new_stream()),
+                fn_constructor_args=(spec, rank, steps.stop),
                 batch_size=None,
                 num_cpus=READER_CPUS,
                 label_selector=dict(spec.reader_labels),
@@ -93,7 +90,7 @@ class _Link:
                 ),
             )
         self._units = iter(
-            units.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=1)
+            units.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=2)
         )
         starter = ThreadPoolExecutor(1, thread_name_prefix="next-link")
         self._first = starter.submit(next, self._units)
@@ -107,15 +104,12 @@ class _Link:
         yield from self._units
 
 
-class _Pace(ExecutionCallback):
-    """The pace of Ray Data's scheduler, which runs in a thread of the training worker.
+class _Unhurried(ExecutionCallback):
+    """Lets Ray Data's scheduler take its time.
 
-    Its own wait of 0.1 s would bring units in fits and starts. Where the readers are ahead and must
-    wait, it would look for work without a pause, and take the interpreter from the training.
+    It runs in a thread of the training worker. Where the readers are ahead and must wait, it would
+    look for work without a pause, and take the interpreter from the training.
     """
-
-    def before_execution_starts(self, executor: StreamingExecutor) -> None:
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = SCHEDULER_WAIT_S
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         time.sleep(SCHEDULER_PAUSE_S)
@@ -124,8 +118,8 @@ class _Pace(ExecutionCallback):
 class UnitLoader:
     """A reader process: the actor that makes units, of which it may be asked several at once."""
 
-    def __init__(self, spec: StreamSpec, rank: int, end_step: int, stream: int) -> None:
-        self._units, self._rank, self._end_step = UnitMaker(spec, stream), rank, end_step
+    def __init__(self, spec: StreamSpec, rank: int, end_step: int) -> None:
+        self._units, self._rank, self._end_step = UnitMaker(spec), rank, end_step
         self._steps_per_unit = spec.steps_per_unit
         torch.set_num_threads(1)  # of each of the process's own threads
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +14,10 @@ from numpy.typing import NDArray
 from clip_ray.config import DataConfig
 from clip_ray.data.images import decode_prepared
 from clip_ray.data.order import Order
-from clip_ray.data.reader import cache_folder, open_reader
+from clip_ray.data.reader import open_reader
 from clip_ray.data.shards import Manifest, Shard
 from clip_ray.data.tokenizer import CaptionTokenizer
 from clip_ray.data.transforms import augment
-from clip_ray.data.turns import Turns
 from clip_ray.storage import Storage
 
 Arrays = dict[str, NDArray[Any]]
@@ -30,9 +27,6 @@ Arrays = dict[str, NDArray[Any]]
 UNIT_IMAGES = 128
 UNIT_BYTES = 20 * 2**20
 UNITS_PER_LINK = 2000
-# Of the time, some reader of a rank is in the first part of its unit, and no other one is. So their
-# units end one after the other, and come evenly.
-APART_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -99,16 +93,12 @@ def stream_spec(
 class UnitMaker:
     """Reads, decodes, crops and tokenises; several threads may ask it at once."""
 
-    def __init__(self, spec: StreamSpec, stream: int | None = None) -> None:
-        """Those with the same `stream`, a number, take turns."""
+    def __init__(self, spec: StreamSpec) -> None:
         self._spec = spec
         self._reader = open_reader(spec.data, Storage(spec.data_root), spec.shards)
         self._tokenizer = CaptionTokenizer(spec.tokenizer_json, spec.context_length)
         # Two units begun are ready one by one, and do not wait for each other's interpreter.
         self._decoding = threading.Lock()
-        self._turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-        if stream is not None:
-            self._turn = Turns(cache_folder(spec.data), stream).take
 
     def make(self, rank: int, steps: range, part: int = 0) -> Arrays:
         """A unit: a part, of `spec.units_per_step`, of the micro batches of `rank` at `steps`.
@@ -143,18 +133,10 @@ class UnitMaker:
         spec = self._spec
         images = np.empty((len(rows), spec.image_size, spec.image_size, 3), dtype=np.uint8)
         texts: list[str] = []
-
-        def make(numbers: Iterable[int]) -> None:
-            for number in numbers:
-                row, rng = rows[number], spec.order.rng(steps[number], sample_ids[number])
-                texts.extend(_draw(row["captions"], spec.data.captions_per_image, rng))
-                pixels = decode_prepared(row["image"])
-                images[number] = augment(pixels, spec.image_size, spec.data, rng)
-
-        first = int(APART_SHARE / spec.readers * len(rows))
-        with self._turn():
-            make(range(first))
-        make(range(first, len(rows)))
+        for number, (row, step, sample_id) in enumerate(zip(rows, steps, sample_ids, strict=True)):
+            rng = spec.order.rng(step, sample_id)
+            texts += _draw(row["captions"], spec.data.captions_per_image, rng)
+            images[number] = augment(decode_prepared(row["image"]), spec.image_size, spec.data, rng)
         return images, texts
 
     def _prefetch(self, steps: range, rank: int, part: int) -> None:
