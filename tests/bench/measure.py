@@ -63,11 +63,14 @@ class PeakMemory:
         self._watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def stop(self) -> dict[str, float]:
-        return json.loads(self._watcher.communicate(timeout=60)[0])
+        return json.loads(self._watcher.communicate(b"\n", timeout=60)[0])
 
 
 def watch(pid: int) -> None:
-    """Looks until stdin ends, then prints the largest sums."""
+    """Looks until it is written to, then prints the largest sums.
+
+    The end of stdin would not do: forked loader processes hold it open.
+    """
     os.nice(19)
     peak = {"pss_ours_mib": 0.0, "pss_ray_mib": 0.0}
     while not select.select([sys.stdin], [], [], LOOK_EVERY_S)[0]:
