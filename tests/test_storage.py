@@ -1,6 +1,14 @@
 """Objects in a real S3 server, and errors that name the address and the fix."""
 
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
 import pytest
+from faulty_proxy import faulty_proxy
 
 from clip_ray.errors import RunError
 from clip_ray.storage import PART_BYTES, Storage, _client
@@ -28,7 +36,7 @@ def test_a_put_with_a_condition_is_refused_where_another_was_faster(storage: Sto
 
 def test_a_large_object_goes_up_in_parts_and_a_cut_upload_is_given_up(storage: Storage) -> None:
     data = bytes(range(256)) * (PART_BYTES // 256) + b"the rest"
-    storage.write_verified("large", data)
+    storage.write_in_parts("large", data)
     assert storage.read_bytes("large") == data
     for key in ("cut/mine", "cut/theirs"):
         place = {"Bucket": storage.bucket, "Key": f"{storage.prefix}/{key}"}
@@ -38,6 +46,43 @@ def test_a_large_object_goes_up_in_parts_and_a_cut_upload_is_given_up(storage: S
     found = _client().list_multipart_uploads(Bucket=storage.bucket, Prefix=f"{storage.prefix}/cut/")
     left = [upload["Key"] for upload in found.get("Uploads", [])]
     assert left == [f"{storage.prefix}/cut/theirs"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda storage: storage.write_bytes("record", b"after"),
+        lambda storage: storage.write_if("record", b"after", storage.read_tagged("record")[1]),
+        lambda storage: storage.write_in_parts("record", b"after"),
+    ],
+    ids=["plain", "conditional", "in parts"],
+)
+def test_a_put_whose_client_is_killed_behind_a_proxy_changes_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, write: Callable[[Storage], object]
+) -> None:
+    storage.write_bytes("record", b"before")
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        _client().meta.events.register("before-send.s3.PutObject", send_without_its_body)
+        with pytest.raises(Killed):
+            write(storage)
+        time.sleep(0.5)
+    assert storage.read_bytes("record") == b"before"
+
+
+class Killed(BaseException):
+    """The end of a client between the head of its request and the body."""
+
+
+def send_without_its_body(request: Any, **_: object) -> None:
+    place = urlsplit(request.url)
+    head = [f"PUT {place.path} HTTP/1.1".encode(), b"Host: " + place.netloc.encode()]
+    for name, value in request.headers.items():
+        head.append(f"{name}: ".encode() + (value if isinstance(value, bytes) else value.encode()))
+    with socket.create_connection((place.hostname or "", place.port or 80)) as connection:
+        connection.sendall(b"\r\n".join(head) + b"\r\n\r\n")
+        time.sleep(0.5)  # the server has the head, and waits
+    raise Killed
 
 
 def test_missing_object_is_named(storage: Storage) -> None:

@@ -70,17 +70,17 @@ def test_a_reader_sees_no_checkpoint_before_its_last_object(
 ) -> None:
     run = Run(storage)
     run.write(10)
-    put, puts = Storage.write_verified, 0
+    put, puts = Storage.write_in_parts, 0
     swap = Storage.write_if
 
     def looked_at(write: str, *arguments: object) -> object:
         nonlocal puts
         puts += 1
         assert [entry.step for entry in Checkpoints(storage).list()] == [10]
-        done = (put if write == "verified" else swap)(*arguments)  # type: ignore[arg-type]
+        done = (put if write == "in parts" else swap)(*arguments)  # type: ignore[arg-type]
         return done
 
-    monkeypatch.setattr(Storage, "write_verified", lambda *a: looked_at("verified", *a))
+    monkeypatch.setattr(Storage, "write_in_parts", lambda *a: looked_at("in parts", *a))
     monkeypatch.setattr(Storage, "write_if", lambda *a: looked_at("if", *a))
     run.write(20)
     assert puts == 5  # two parts, the log, the manifest, the ledger
