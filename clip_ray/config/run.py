@@ -72,8 +72,7 @@ class ClusterConfig(Section):
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs that a worker reserves.")
     readers_per_worker: Positive = Field(
         default=2,
-        description="Threads that read and decode for a worker, anywhere in the cluster: two to a "
-        "process where their number is even.",
+        description="Processes that read and decode for a worker, anywhere in the cluster.",
     )
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs that a worker reserves.")
     placement: Literal["pack", "spread"] = Field(
