@@ -5,15 +5,18 @@ With masters.py, which holds the fp32 state behind it, the only file that knows 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
@@ -72,6 +75,7 @@ class Engine:
             eps=config.optim.eps,
             fused=True,  # in one pass over memory: a quarter of the time, on a CPU too
         )
+        _import_muon_uncompiled()
         # Else DeepSpeed compiles, for half a minute, an all-reduce that only inference has.
         deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
         # Any: DeepSpeed's classes do not declare what its engines have.
@@ -241,6 +245,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed imports this optimizer with any, and TorchInductor for it: two seconds."""
+    with patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 
 def _allow_fp16_on_any_cpu() -> None:

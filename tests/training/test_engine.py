@@ -48,6 +48,7 @@ def outcome(stage: int, precision: str) -> Outcome:
 
 
 def make_engine(stage: int, precision: str, *more: str):
+    """Of towers with one layer each, where `more` says nothing else."""
     from clip_ray.config_file import load_config
     from clip_ray.model.clip import CLIP
     from clip_ray.training.engine import Engine
@@ -56,6 +57,8 @@ def make_engine(stage: int, precision: str, *more: str):
         f"train.zero_stage={stage}",
         f"train.precision={precision}",
         "train.global_batch=8",
+        "model.image.kwargs.depth=1",
+        "model.text.kwargs.num_hidden_layers=1",
         *more,
     ]
     config = load_config(SHAPES_YAML, overrides)

@@ -28,6 +28,7 @@ from clip_ray.model.towers import without_padding
 from clip_ray.training.schedule import learning_rate
 
 LR = 1e-3
+DEEP = ("model.image.kwargs.depth=4", "model.text.kwargs.num_hidden_layers=2")
 DROPOUT = ("model.image.kwargs.patch_drop_rate=0.5", "model.text.kwargs.attention_dropout=0.1")
 
 
@@ -76,7 +77,7 @@ def test_the_moving_average_on_a_gpu() -> None:
 
 def changes_of_this_rank() -> list[dict[str, float]]:
     options = (
-        "optim.image.trained_groups=2", "optim.image.layer_decay=0.5",
+        *DEEP, "optim.image.trained_groups=2", "optim.image.layer_decay=0.5",
         "optim.text.trained_groups=0", "optim.weight_decay=0", "optim.grad_clip_norm=null",
     )  # fmt: skip
     found = []
@@ -110,12 +111,12 @@ def test_frozen_layers_stay_and_lower_ones_learn_less() -> None:
 
 def test_a_tower_has_no_more_groups_to_train_than_it_has() -> None:
     with pytest.raises(ConfigError, match=r"image.trained_groups is 9: this tower has 5 groups"):
-        make_engine(2, "fp32", "optim.image.trained_groups=9")
+        make_engine(2, "fp32", *DEEP, "optim.image.trained_groups=9")
 
 
 def replayed_of_this_rank() -> float:
     """Patch dropout and attention dropout in two forwards, against one graph over the same two."""
-    options = (*DROPOUT, "train.micro_batch=2", "optim.grad_clip_norm=null")
+    options = (*DEEP, *DROPOUT, "train.micro_batch=2", "optim.grad_clip_norm=null")
     engine = make_engine(2, "fp32", "cluster.num_workers=1", "train.global_batch=4", *options)
     model = make_model(*options).to(device())
     torch.manual_seed(7)
@@ -256,7 +257,7 @@ def shapes_batches(folder: Path) -> list[dict[str, Tensor]]:
 
 def curve(stage: int, batches: list[dict[str, Tensor]]) -> list[float]:
     """The loss over the whole batch at 50 steps."""
-    engine = make_engine(stage, "fp32", "train.global_batch=32")
+    engine = make_engine(stage, "fp32", *DEEP, "train.global_batch=32")
     optim = OptimConfig(lr=1.5e-3, warmup_steps=2)
     losses = []
     for step in range(50):

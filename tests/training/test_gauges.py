@@ -27,7 +27,7 @@ def dashboard_figures() -> set[str]:
 def test_figures_are_among_rays_metrics() -> None:
     from clip_ray.training.gauges import Gauges
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         Gauges("a-run").set({name: 0.25 for name in dashboard_figures()} | {"rank_names": ["a"]})
         url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"

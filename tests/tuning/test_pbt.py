@@ -26,7 +26,7 @@ loss.temperature: {uniform: [0.05, 0.1]}
 OPTIONS = [
     "name=pbt", "train.epochs=12", "checkpoint.keep_last=12", "cluster.num_workers=1",
     "tune.max_trials=2", "tune.scheduler=pbt", "tune.search=random",
-    "tune.quantile=0.5", "tune.concurrent=2",
+    "tune.quantile=0.5", "tune.concurrent=2", "tune.perturb_epochs=3",
 ]  # fmt: skip
 
 
