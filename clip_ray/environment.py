@@ -1,10 +1,16 @@
-"""Variables of the environment for a while."""
+"""Variables of the environment: which go to other nodes, and those for a while."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+
+# What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
+FORWARDED = (
+    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
+)  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "clip_ray"
@@ -69,6 +71,11 @@ def test_frameworks_are_imported_where_they_belong() -> None:
             if name == "torch" or name.startswith("torch."):
                 assert module not in WITHOUT_TORCH, f"{module} imports {name}"
             assert not name.startswith(("jobs", "tests", "raycluster")), f"{module} imports {name}"
+
+
+def test_who_only_asks_a_cluster_does_not_wait_for_torch() -> None:
+    code = "import sys, clip_ray.cluster.jobs; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_nothing_is_unpickled() -> None:

@@ -20,7 +20,7 @@ from clip_ray.cluster.probes import Answers, Probes, alive_nodes, ask, machine_h
 from clip_ray.cluster.store_checks import store_facts
 from clip_ray.config import Config
 from clip_ray.embedded_s3 import embedded_folder, storage_session
-from clip_ray.training.session import FORWARDED
+from clip_ray.environment import FORWARDED
 
 START_TIMEOUT_S = 90
 CLOCK_TIMEOUT_S, CLOCK_ROUNDS = 10, 3

@@ -19,8 +19,8 @@ import clip_ray
 from clip_ray.cluster.access import Access
 from clip_ray.config import Config
 from clip_ray.config_file import dump_config
+from clip_ray.environment import FORWARDED
 from clip_ray.errors import RunError
-from clip_ray.training.session import FORWARDED
 
 SPACE = "space.yaml"
 POLL_S = 1.0

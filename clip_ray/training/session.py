@@ -24,16 +24,11 @@ from ray.data._internal.stats import get_or_create_stats_actor
 
 from clip_ray.config import ClusterConfig, Config
 from clip_ray.data.stream import READER_CPUS
-from clip_ray.environment import temporary_environment
+from clip_ray.environment import FORWARDED, temporary_environment
 from clip_ray.errors import RunError
 from clip_ray.ports import free_ports
 from clip_ray.priority import give_way
 
-# What workers on other nodes need to reach S3. Keys are never among them: nodes have their own.
-FORWARDED = (
-    "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "DS_ACCELERATOR",
-)  # fmt: skip
 # How long Ray waits, in its own processes.
 TIMEOUTS = {
     # A stream asks that the nodes be kept, every few seconds; what a worker that was killed has

@@ -8,14 +8,16 @@ import itertools
 import random
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import ray
-from ray._private.internal_api import memory_summary
+from conftest import make_small_config, make_storage
 
 from clip_ray.config import Config
 from clip_ray.data.order import Order
@@ -29,19 +31,28 @@ from clip_ray.pipeline import session
 from clip_ray.storage import Storage
 
 START, END = 3, 14
+Prepared = tuple[Config, Manifest]
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    s3_environment: None, raw_shapes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prepared]:
+    """A config and its prepared data, in a session of Ray for all tests here."""
+    config = make_small_config(make_storage("stream"), raw_shapes, tmp_path_factory.mktemp("ray"))
+    with session(config, print):
+        yield config, prepare(config.data, Storage(config.data_root), print)
 
 
 @pytest.mark.cluster
 @pytest.mark.s3
 @pytest.mark.timeout(400)
-def test_the_order_arrives_at_every_world_size_and_timing(small_config: Config) -> None:
+def test_the_order_arrives_at_every_world_size_and_timing(prepared: Prepared) -> None:
     """From one reader for each worker, from two, and from three."""
-    with session(small_config, print):
-        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        seen = []
-        for world_size, readers in ((1, 3), (2, 2), (3, 1), (4, 1)):
-            spec = spec_of(small_config, manifest, world_size, readers)
-            seen.append(stream_ids(spec))
+    seen = []
+    for world_size, readers in ((1, 3), (2, 2), (3, 1), (4, 1)):
+        spec = spec_of(*prepared, world_size, readers)
+        seen.append(stream_ids(spec))
     wanted = [spec.order.sample_ids(step).tolist() for step in range(START, END)]
     assert all(ids == wanted for ids in seen)
 
@@ -54,71 +65,39 @@ def stream_ids(spec: StreamSpec) -> list[list[int]]:
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_a_run_is_a_chain_of_executions(small_config: Config) -> None:
-    with session(small_config, print):
-        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        spec = spec_of(small_config, manifest, 2)
-        spec = dataclasses.replace(spec, steps_per_unit=2, units_per_link=2)
-        ids = stream_ids(spec)
+def test_a_run_is_a_chain_of_executions(prepared: Prepared) -> None:
+    spec = spec_of(*prepared, 2)
+    spec = dataclasses.replace(spec, steps_per_unit=2, units_per_link=2)
+    ids = stream_ids(spec)
     assert ids == [spec.order.sample_ids(step).tolist() for step in range(START, END)]
 
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_a_large_micro_batch_is_made_in_parts(small_config: Config) -> None:
+def test_a_large_micro_batch_is_made_in_parts(prepared: Prepared) -> None:
     """Of 12 images in 5 units, which do not divide it, in links of six steps."""
-    with session(small_config, print):
-        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        whole = dataclasses.replace(spec_of(small_config, manifest, 2, readers=3), steps_per_unit=1)
-        parts = dataclasses.replace(whole, units_per_step=5, units_per_link=31)
-        ids = stream_ids(parts)
-        (joined,) = training_stream(parts, 1, range(4, 5))
-        made_at_once = UnitMaker(whole).make(1, range(4, 5))
+    whole = dataclasses.replace(spec_of(*prepared, 2, readers=3), steps_per_unit=1)
+    parts = dataclasses.replace(whole, units_per_step=5, units_per_link=31)
+    ids = stream_ids(parts)
+    (joined,) = training_stream(parts, 1, range(4, 5))
+    made_at_once = UnitMaker(whole).make(1, range(4, 5))
     assert ids == [whole.order.sample_ids(step).tolist() for step in range(START, END)]
     assert all(np.array_equal(joined[name], made_at_once[name]) for name in joined)
 
 
 @pytest.mark.cluster
 @pytest.mark.s3
-def test_killed_readers_change_nothing(small_config: Config) -> None:
-    with session(small_config, print):
-        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        spec = dataclasses.replace(spec_of(small_config, manifest, 2), steps_per_unit=1)
-        ended = threading.Event()
-        killed: list[int] = []
-        killer = threading.Thread(target=kill_readers, args=(ended, killed))
-        killer.start()
-        ids = stream_ids(spec)
-        ended.set()
-        killer.join()
+def test_killed_readers_change_nothing(prepared: Prepared) -> None:
+    spec = dataclasses.replace(spec_of(*prepared, 2), steps_per_unit=1)
+    ended = threading.Event()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_readers, args=(ended, killed))
+    killer.start()
+    ids = stream_ids(spec)
+    ended.set()
+    killer.join()
     assert killed
     assert ids == [spec.order.sample_ids(step).tolist() for step in range(START, END)]
-
-
-@pytest.mark.cluster
-@pytest.mark.s3
-@pytest.mark.parametrize(
-    ("image_size", "global_batch", "readers"),
-    [(224, 24, 1), (640, 128, 8)],
-    ids=["small batches", "large batches and many readers"],
-)
-def test_a_slow_consumer_makes_nothing_spill(
-    small_config: Config, image_size: int, global_batch: int, readers: int
-) -> None:
-    """Twice the object store's size goes through it, much slower than the readers could."""
-    store_bytes = 2**30 if readers > 1 else 2**29
-    ray.init("local", num_cpus=4, object_store_memory=store_bytes, include_dashboard=False)
-    try:
-        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
-        spec = spec_of(small_config, manifest, 1, readers, image_size, global_batch)
-        steps = 2 * store_bytes // (global_batch * image_size**2 * 3)
-        for micro_batch in training_stream(spec, 0, range(steps)):
-            assert len(micro_batch["images"]) == global_batch
-            time.sleep(0.03)
-        address = ray.get_runtime_context().gcs_address
-        assert "Spilled" not in memory_summary(address, stats_only=True)
-    finally:
-        ray.shutdown()
 
 
 def kill_readers(ended: threading.Event, killed: list[int]) -> None:
@@ -168,13 +147,11 @@ def spec_of(
 @pytest.mark.cluster
 @pytest.mark.s3
 def test_a_sample_is_the_same_at_every_world_size_and_from_two_threads_at_once(
-    small_config: Config,
+    prepared: Prepared,
 ) -> None:
-    with session(small_config, print):
-        manifest = prepare(small_config.data, Storage(small_config.data_root), print)
     by_id = {}
     for world_size in (1, 3):
-        spec = spec_of(small_config, manifest, world_size)
+        spec = spec_of(*prepared, world_size)
         make = partial(UnitMaker(spec).make, steps=range(START, START + 1))
         with ThreadPoolExecutor(2) as threads:
             units = list(threads.map(make, range(world_size)))

@@ -19,10 +19,12 @@ OPTIONS = {
     "bf16": [
         "train.precision=bf16", "train.zero_stage=1", "train.ema_decay=0.9",
         "optim.image.layer_decay=0.8", "optim.text.layer_decay=0.8",
+        "model.image.kwargs.depth=2",
     ],
     "fp16": [
         "train.precision=fp16", "train.zero_stage=2", "train.micro_batch=8",
         "train.recompute=[image, text]", "model.image.kwargs.patch_drop_rate=0.25",
+        "model.image.kwargs.depth=2", "model.text.kwargs.num_hidden_layers=1",
     ],
     "offload_parameters": [
         "train.offload=parameters", "train.zero_stage=3", "optim.image.trained_groups=2",

@@ -25,16 +25,17 @@ pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(300)]
 STORE: dict[str, Any] = {"object_store_memory": 200 * 2**20}
 
 
-@pytest.fixture
-def cluster(s3_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+@pytest.fixture(scope="module", autouse=True)
+def cluster(s3_environment: None) -> Iterator[None]:
     """Two nodes for workers, and one for readers, which is labelled so."""
     head = {"num_cpus": 0, "dashboard_port": free_ports(1)[0], **STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(2):
         cluster.add_node(num_cpus=4, **STORE)
     cluster.add_node(num_cpus=4, labels={"role": "reader"}, **STORE)
-    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
-    yield cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", str(cluster.address))
+        yield
     cluster.shutdown()
 
 
@@ -82,14 +83,14 @@ def placed(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ])  # fmt: skip
 
 
-def test_ranks_are_node_by_node(cluster: Cluster, placed: Config, tmp_path: Path) -> None:
+def test_ranks_are_node_by_node(placed: Config, tmp_path: Path) -> None:
     with session(placed, print):
         prepare(placed.data, Storage(placed.data_root), print)
         first, second = worker_nodes(override(placed, ["cluster.num_workers=4"]), tmp_path)
         assert first != second
 
 
-def test_workers_are_packed_or_spread(cluster: Cluster, placed: Config, tmp_path: Path) -> None:
+def test_workers_are_packed_or_spread(placed: Config, tmp_path: Path) -> None:
     with session(placed, print):
         prepare(placed.data, Storage(placed.data_root), print)
         assert len(worker_nodes(override(placed, ["name=packed"]), tmp_path)) == 1
@@ -98,7 +99,7 @@ def test_workers_are_packed_or_spread(cluster: Cluster, placed: Config, tmp_path
 
 
 def test_a_run_whose_nodes_do_not_come_says_so_and_ends(
-    cluster: Cluster, small_config: Config, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "SAY_WAIT_S", 2.0)
     config = override(small_config, [
