@@ -1,11 +1,14 @@
-"""The embedding job: every image and caption of a split through the model, by Ray Data."""
+"""The embedding job: every image and caption of some splits through the model, by Ray Data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 import torch
 from torch import Tensor
@@ -28,18 +31,39 @@ class EmbeddedSplit:
     image_of_text: Tensor  # [T] int64
 
 
-def embed_split(data: Storage, shards: list[Shard], weights: str, batch: int) -> EmbeddedSplit:
-    """Embeds `shards` with the model at `weights`. Needs a running Ray."""
-    paths = [data.arrow_path(shard.key) for shard in shards]
+def embed_splits(
+    data: Storage, splits: Mapping[str, Sequence[Shard]], weights: str, batch: int
+) -> dict[str, EmbeddedSplit]:
+    """Embeds the shards of some splits with the model at `weights`. Needs a running Ray."""
+    parts = [
+        {"split": split, "path": data.arrow_path(shard.key)}
+        for split, shards in splits.items()
+        for shard in shards
+    ]
     encoder: Any = _Encoder
     one_actor = ray.data.ActorPoolStrategy(size=1)
     rows = (
-        ray.data.read_parquet(paths, filesystem=arrow_filesystem())
+        # Ray's own reader of Parquet starts several actors, which takes longer than a small split.
+        ray.data.from_items(parts, override_num_blocks=len(parts))
+        .map_batches(_row_groups, batch_size=1)
         .map_batches(
             encoder, fn_constructor_args=(weights,), batch_size=batch, compute=one_actor, num_cpus=1
         )
         .take_all()
     )
+    return {split: _split([row for row in rows if row["split"] == split]) for split in splits}
+
+
+def _row_groups(part: Any) -> Iterator[pa.Table]:
+    """The rows of one shard, each with its split."""
+    (split,), (path,) = part["split"], part["path"]
+    with pq.ParquetFile(arrow_filesystem().open_input_file(path)) as file:
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number)
+            yield table.append_column("split", pa.repeat(str(split), len(table)))
+
+
+def _split(rows: list[dict[str, Any]]) -> EmbeddedSplit:
     rows.sort(key=lambda row: row["image_id"])
     counts = [len(row["captions"]) for row in rows]
     texts = [row["text_features"].reshape(n, -1) for row, n in zip(rows, counts, strict=True) if n]

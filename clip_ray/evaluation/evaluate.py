@@ -8,9 +8,9 @@ import torch
 
 from clip_ray.config import Config
 from clip_ray.data.records import ZERO_SHOT_SPLIT
-from clip_ray.data.shards import Manifest, read_manifest
+from clip_ray.data.shards import read_manifest
 from clip_ray.errors import RunError
-from clip_ray.evaluation.embed import embed_split
+from clip_ray.evaluation.embed import EmbeddedSplit, embed_splits
 from clip_ray.evaluation.retrieval import retrieval_metrics
 from clip_ray.evaluation.zero_shot import class_features, zero_shot_metrics
 from clip_ray.model.pretrained import load_model
@@ -29,9 +29,12 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
     if not run.exists("weights/model.safetensors"):
         raise RunError(f"{weights}: holds no weights; run `clip-ray train` first")
     manifest = read_manifest(data)
-    split = embed_split(
-        data, manifest.splits[config.evaluation.split], weights, config.evaluation.batch
-    )
+    names = [config.evaluation.split]
+    if manifest.rows(ZERO_SHOT_SPLIT):
+        names.append(ZERO_SHOT_SPLIT)
+    splits = {name: manifest.splits[name] for name in names}
+    embedded = embed_splits(data, splits, weights, config.evaluation.batch)
+    split = embedded[config.evaluation.split]
     results = {
         "zeroshot_retrieval": retrieval_metrics(
             split.image_features,
@@ -41,15 +44,14 @@ def evaluate(config: Config) -> dict[str, dict[str, float]]:
         )
     }
     write_index(run, split.filenames, split.captions, split.image_features)
-    if manifest.rows(ZERO_SHOT_SPLIT):
-        results["zeroshot_classification"] = _zero_shot(config, data, manifest, weights)
+    if zero_shot := embedded.get(ZERO_SHOT_SPLIT):
+        results["zeroshot_classification"] = _zero_shot(config, zero_shot, weights)
     for task, metrics in results.items():
         _write_result(run, config, task, metrics)
     return results
 
 
-def _zero_shot(config: Config, data: Storage, manifest: Manifest, weights: str) -> dict[str, float]:
-    split = embed_split(data, manifest.splits[ZERO_SHOT_SPLIT], weights, config.evaluation.batch)
+def _zero_shot(config: Config, split: EmbeddedSplit, weights: str) -> dict[str, float]:
     classes = sorted({label for label in split.labels if label is not None})
     model = load_model(weights)
     features = class_features(classes, config.evaluation.templates, model.encode_text).cpu()
