@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.s3, pytest.mark.timeout(900)]
 OPTIONS = [
     "checkpoint.every_steps=2", "train.ema_decay=0.9", "logging.tensorboard=false",
     "model.text.kwargs.attention_dropout=0.1", "evaluation.batch=16",
+    "model.image.kwargs.depth=1", "model.text.kwargs.num_hidden_layers=1",
 ]  # fmt: skip
 CUTS = sorted(random.Random(5).sample(range(3, 8), 5))
 
