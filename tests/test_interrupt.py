@@ -56,7 +56,7 @@ def test_sigint_ends_a_sweep_that_the_same_command_goes_on_with(
     small_config: Config, tmp_path: Path
 ) -> None:
     config = override(small_config, [
-        "train.epochs=4", "cluster.num_workers=1", "tune.max_trials=1", "tune.concurrent=1",
+        "train.epochs=4", "cluster.num_workers=1", "tune.max_trials=2", "tune.concurrent=1",
         "tune.search=random", "tune.scheduler=none",
     ])  # fmt: skip
     path, space = tmp_path / "config.yaml", tmp_path / "space.yaml"
@@ -76,8 +76,8 @@ def test_sigint_ends_a_sweep_that_the_same_command_goes_on_with(
     assert "Traceback" not in said
     assert processes_with(mark, timeout_s=20) == []
     again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert "tune: 1 trials to run, 0 have ended" in again.stderr
-    assert [(t.state, t.epochs) for t in journal.trials()] == [("finished", 4)]
+    assert "tune: 2 trials to run, 0 have ended" in again.stderr
+    assert [(t.state, t.epochs) for t in journal.trials()] == [("finished", 4)] * 2
 
 
 def await_report(journal: Journal, driver: subprocess.Popen[str], timeout_s: float) -> None:

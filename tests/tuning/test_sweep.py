@@ -26,7 +26,7 @@ loss.temperature: {uniform: [0.05, 0.1]}
 @pytest.mark.timeout(600)
 def test_sweep_ranks_its_trials_and_leaves_nothing(small_config: Config) -> None:
     said: list[str] = []
-    config = override(small_config, ["tune.max_trials=2", "optim.warmup_steps=5"])
+    config = override(small_config, ["tune.max_trials=3", "optim.warmup_steps=5"])
     with session(config, said.append, dashboard=True):
         prepare_data(config, said.append)
         journal, trials = run_sweep(config, SPACE, said.append)
@@ -35,7 +35,7 @@ def test_sweep_ranks_its_trials_and_leaves_nothing(small_config: Config) -> None
     assert {trial.state for trial in trials} <= {"finished", "stopped"}
     best = trials[0]
     assert best.state == "finished"
-    assert len({trial.values["optim.lr"] for trial in trials}) == 2
+    assert len({trial.values["optim.lr"] for trial in trials}) == 3
     chosen = parse_config(yaml.safe_load(journal.place.read_bytes("best.yaml")), origin="best.yaml")
     assert chosen.optim.lr == best.values["optim.lr"]
     assert chosen.loss.temperature == best.values["loss.temperature"]
