@@ -19,6 +19,7 @@ import ray.data
 import torch
 from ray.data import ExecutionResources
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from clip_ray.data.unit import Arrays, StreamSpec, UnitMaker
@@ -69,7 +70,7 @@ class _Link:
         self._length = len(blocks)
         context = ray.data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = False
-        context.custom_execution_callback_classes = [_Unhurried]
+        context.custom_execution_callback_classes = [_Scheduling]
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(
             object_store_memory=max(STORE_BYTES, 2 * spec.unit_bytes)
@@ -104,14 +105,23 @@ class _Link:
         yield from self._units
 
 
-class _Unhurried(ExecutionCallback):
-    """Lets Ray Data's scheduler take its time.
+class _Scheduling(ExecutionCallback):
+    """How Ray Data's scheduler, a thread of the training worker, serves the stream."""
 
-    It runs in a thread of the training worker. Where the readers are ahead and must wait, it would
-    look for work without a pause, and take the interpreter from the training.
-    """
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        """Units are handed on in the round that sees them made.
+
+        With Ray's default, a thread that asks for their sizes, it is a later one, and units of
+        several rounds come at once.
+        """
+        executor._metadata_fetcher = InlineMetadataFetcher()
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """It takes its time.
+
+        Where the readers are ahead and must wait, it would look for work without a pause, and take
+        the interpreter from the training.
+        """
         time.sleep(SCHEDULER_PAUSE_S)
 
 

@@ -55,7 +55,7 @@ def measure(batches: Callable[[], Iterator[int]], images: int, epochs: int) -> d
 class PeakMemory:
     """The largest sum of PSS over this process and its descendants, Ray's own apart.
 
-    Looked at by a process that gives way: it would take the interpreter and a core from this one.
+    Looked at by a process of its own, which would take the interpreter from this one.
     """
 
     def __init__(self) -> None:
@@ -69,9 +69,9 @@ class PeakMemory:
 def watch(pid: int) -> None:
     """Looks until it is written to, then prints the largest sums.
 
-    The end of stdin would not do: forked loader processes hold it open.
+    The end of stdin would not do: forked loader processes hold it open. A look must not give way:
+    while it waits for a core, it holds the memory map of the process that it looks at.
     """
-    os.nice(19)
     peak = {"pss_ours_mib": 0.0, "pss_ray_mib": 0.0}
     while not select.select([sys.stdin], [], [], LOOK_EVERY_S)[0]:
         sums = dict.fromkeys(peak, 0.0)
