@@ -3,10 +3,10 @@
     python tests/bench/stream.py [--images 6000] [--epochs 3] [--repeats 3] [--json]
 
 Each side runs in processes of its own, in turn, on the same cores, over the same JPEGs in the same
-object store (the embedded one, unless AWS_ENDPOINT_URL names another), with two readers: threads of
-one process for ours, worker processes for the peers. `total` begins with the modules imported and
-the cluster up; that time is `start_s`. `bare` is a loop over JPEGs in memory with the crop of
-ours; `bare_pillow` is that loop with Pillow's, as the peers have it.
+object store (the embedded one, unless AWS_ENDPOINT_URL names another), with two reader processes.
+`total` begins with the modules imported and the cluster up; that time is `start_s`. `bare` is a
+loop over JPEGs in memory with the crop of ours; `bare_pillow` is that loop with Pillow's, as the
+peers have it.
 """
 
 from __future__ import annotations
