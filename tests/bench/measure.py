@@ -55,7 +55,7 @@ def measure(batches: Callable[[], Iterator[int]], images: int, epochs: int) -> d
 class PeakMemory:
     """The largest sum of PSS over this process and its descendants, Ray's own apart.
 
-    Looked at by a process of its own, which would take the interpreter from this one.
+    A process of its own looks: a thread would hold the interpreter meanwhile.
     """
 
     def __init__(self) -> None:
